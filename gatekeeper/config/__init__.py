@@ -1,0 +1,1 @@
+"""Rule files: text to an immutable `Config`, every error with its place."""

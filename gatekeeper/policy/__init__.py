@@ -1,0 +1,1 @@
+"""What a policy means: pure functions over immutable values."""

@@ -1,0 +1,1 @@
+"""One worker: event loop, admission, TCP and UDP sessions, relay."""

@@ -1,0 +1,1 @@
+"""Compiled policies and counters as bytes in shared memory."""

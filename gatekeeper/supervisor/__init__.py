@@ -1,0 +1,1 @@
+"""Processes, listening sockets, reload: the parent of all others."""
