@@ -1,0 +1,173 @@
+"""Giving up privileges, for good: user, groups, capabilities, and the right to gain any of them back.
+
+`who_to_become` runs in the supervisor and chooses; `drop` and `confine` run in a child, before it touches anything a
+stranger has sent. libc's own wrappers are called, so the same code serves every architecture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import grp
+import os
+import pwd
+import signal
+from dataclasses import dataclass
+
+ACCOUNTS = ("gatekeeper", "nobody")  # the first that exists
+
+CAP_DAC_READ_SEARCH = 2
+CAP_SETGID = 6
+CAP_SETUID = 7
+CAP_SETPCAP = 8
+CAP_NET_BIND_SERVICE = 10
+CAP_NET_ADMIN = 12
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_CAPBSET_READ = 23
+_PR_CAPBSET_DROP = 24
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+_MOST_CAPABILITIES = 64
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _CapabilityHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapabilityData(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The user and groups a child runs as."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+def who_to_become() -> Identity | None:
+    """Return whom our children should run as, or ``None`` when they must keep what we are.
+
+    ``None``: we are not root, or may not change users here (a container without CAP_SETUID, a user namespace that maps
+    root alone), or there is no account to change to.
+    """
+    held = effective_capabilities()
+    if os.geteuid() != 0 or CAP_SETUID not in held or CAP_SETGID not in held or _setgroups_denied():
+        return None
+    for name in ACCOUNTS:
+        try:
+            account = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        if not (_mapped(account.pw_uid, "uid_map") and _mapped(account.pw_gid, "gid_map")):
+            continue
+        extra = sorted(group.gr_gid for group in grp.getgrall() if name in group.gr_mem and group.gr_gid)
+        groups = tuple(gid for gid in extra if _mapped(gid, "gid_map"))
+        return Identity(name, account.pw_uid, account.pw_gid, groups)
+    return None
+
+
+def drop(uid: int | None, gid: int | None, groups: list[int] | tuple[int, ...] | None, supervisor_pid: int) -> None:
+    """Become ``uid``, ``gid`` and ``groups`` (each ``None``: keep) without any capability, and die with the supervisor.
+
+    Afterwards nothing can be gained back: no_new_privs is set, every capability set is empty, and no other process of
+    the same user may attach to this one or read its memory.
+
+    Raises:
+        OSError: the kernel refused; the caller must not go on.
+        SystemExit: the supervisor is already gone.
+    """
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    if CAP_SETPCAP in effective_capabilities():
+        _empty_bounding_set()
+    if groups is not None:
+        os.setgroups(groups)
+    if gid is not None:
+        os.setresgid(gid, gid, gid)
+    if uid is not None:
+        os.setresuid(uid, uid, uid)
+    _keep_only(frozenset())
+    _die_with(supervisor_pid)
+
+
+def confine(supervisor_pid: int) -> None:
+    """Keep the user and the right to read files (a rule file may belong to anybody), and give up everything else.
+
+    Raises:
+        OSError: the kernel refused; the caller must not go on.
+        SystemExit: the supervisor is already gone.
+    """
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _keep_only(frozenset({CAP_DAC_READ_SEARCH}) & effective_capabilities())
+    _die_with(supervisor_pid)
+
+
+def effective_capabilities() -> frozenset[int]:
+    """Return the numbers of the capabilities in force in this process."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("CapEff:"):
+                mask = int(line.split()[1], 16)
+                return frozenset(number for number in range(_MOST_CAPABILITIES) if mask >> number & 1)
+    return frozenset()
+
+
+def _keep_only(capabilities: frozenset[int]) -> None:
+    # Not every sandbox knows ambient capabilities, and capset empties them too (ambient is within inheritable).
+    _libc.prctl(_PR_CAP_AMBIENT, *map(ctypes.c_ulong, (_PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)))
+    header = _CapabilityHeader(_LINUX_CAPABILITY_VERSION_3, 0)
+    mask = sum(1 << number for number in capabilities)
+    words = (mask & 0xFFFFFFFF, mask >> 32)
+    data = (_CapabilityData * 2)(*(_CapabilityData(word, word, 0) for word in words))
+    if _libc.capset(ctypes.byref(header), ctypes.byref(data)) != 0:
+        raise _error("capset")
+
+
+def _empty_bounding_set() -> None:
+    for number in range(_MOST_CAPABILITIES):
+        if _libc.prctl(_PR_CAPBSET_READ, *map(ctypes.c_ulong, (number, 0, 0, 0))) == 1:
+            _prctl(_PR_CAPBSET_DROP, number)
+
+
+def _die_with(supervisor_pid: int) -> None:
+    # Both are reset by a change of user, so they come last.
+    _prctl(_PR_SET_DUMPABLE, 0)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != supervisor_pid:
+        raise SystemExit("the supervisor is gone")
+
+
+def _prctl(option: int, argument: int) -> None:
+    if _libc.prctl(option, *map(ctypes.c_ulong, (argument, 0, 0, 0))) != 0:
+        raise _error(f"prctl({option}, {argument})")
+
+
+def _error(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def _setgroups_denied() -> bool:
+    try:
+        with open("/proc/self/setgroups", encoding="ascii") as setting:
+            return setting.read().strip() == "deny"
+    except OSError:
+        return False
+
+
+def _mapped(number: int, table: str) -> bool:
+    """Say whether this user namespace knows the user or group ``number``."""
+    try:
+        with open(f"/proc/self/{table}", encoding="ascii") as lines:
+            spans = [tuple(map(int, line.split())) for line in lines]
+    except OSError:
+        return True
+    return any(first <= number < first + count for first, _outside, count in spans)
