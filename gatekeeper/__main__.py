@@ -1,0 +1,7 @@
+"""``python -m gatekeeper``: the same as the command ``gatekeeper``."""
+
+import sys
+
+from gatekeeper.cli.main import entry
+
+sys.exit(entry())
