@@ -1,0 +1,189 @@
+"""What stands at one endpoint: the policy in force there, and the accounting of its verdicts."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gatekeeper.policy.model import Action
+from gatekeeper.snapshot.counters import ListenerSlot
+from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT, LOCAL_CLASS, LOW64
+
+if TYPE_CHECKING:
+    from gatekeeper.proxy.loop import Loop
+    from gatekeeper.proxy.pipes import PipePool
+    from gatekeeper.proxy.report import Reporter
+    from gatekeeper.snapshot.bindings import Bindings
+    from gatekeeper.snapshot.counters import End
+    from gatekeeper.snapshot.reader import Snapshot
+
+ALLOW = int(Action.ALLOW)
+DROP = int(Action.DROP)
+
+CACHED_PEERS = 4096  # verdicts remembered per gate; a flood from random sources only costs the memory of this many
+UNIX_PEER = bytes(16)
+MAPPED = b"\0" * 10 + b"\xff\xff"
+
+EPHEMERAL_PORTS = "/proc/sys/net/ipv4/ip_local_port_range"
+
+
+class Session(Protocol):
+    """A TCP connection or UDP flow, as the worker sees it."""
+
+    def sweep(self, now: float) -> None:
+        """Account for what moved since the last sweep, and end the session when it idles too long."""
+
+    def finish(self, end: End) -> None:
+        """End the session at once: release everything, count, report."""
+
+
+class Due(Protocol):
+    """Something that waits for a moment rather than for a descriptor."""
+
+    def check(self, now: float) -> None:
+        """Go on if the moment has come."""
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all gates and sessions of a worker use. ``open_fds`` counts the descriptors that sessions hold."""
+
+    loop: Loop
+    counters: memoryview
+    report: Reporter
+    pipes: PipePool
+    siblings: list[memoryview]
+    sessions: dict[int, Session]  # by a descriptor of the session
+    due: dict[int, Due]  # what must be looked at every few milliseconds, by descriptor
+    max_fds: int
+    open_fds: int = 0
+    starved: bool = False  # said once: descriptors or memory ran out
+
+
+class Terms:
+    """What one policy says about one endpoint; sessions keep the terms they began under."""
+
+    __slots__ = (
+        "backend_address",
+        "backend_family",
+        "block",
+        "connect_timeout_s",
+        "destination",
+        "half_close_timeout_s",
+        "idle_timeout_s",
+        "max_responses",
+        "max_sessions",
+        "may_meet_itself",
+        "number",
+        "wildcard",
+    )
+
+    def __init__(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
+        endpoint = snapshot.meta["endpoints"][index]
+        listener = snapshot.meta["listeners"][endpoint["listener"]]
+        backend = endpoint["backend"]
+        self.number = bindings.rows[index]
+        self.block = bindings.listeners[listener["name"]]
+        self.max_sessions: int | None = listener["max_sessions"]
+        self.max_responses: int | None = listener["max_responses"]
+        self.connect_timeout_s: float = listener["connect_timeout_s"]
+        self.idle_timeout_s: float = listener["idle_timeout_s"]
+        self.half_close_timeout_s: float = listener["half_close_timeout_s"]
+        self.wildcard = endpoint["host"] in ("0.0.0.0", "::")
+        self.destination = (pack_address(endpoint["family"], endpoint["host"]), endpoint["port"])
+        self.backend_family = {0: socket.AF_UNIX, 4: socket.AF_INET, 6: socket.AF_INET6}[backend["family"]]
+        self.backend_address: Any = backend["host"] if backend["family"] == 0 else (backend["host"], backend["port"])
+        # Only a port that the kernel may also choose as the source of a dial can be connected to from itself.
+        self.may_meet_itself = backend["family"] != 0 and backend["port"] in ephemeral_ports()
+
+
+class Gate:
+    """One endpoint: its socket, and how connections to it are judged and reported.
+
+    Owns ``sock``. `bind_policy` may be called any number of times; sessions that exist keep their terms.
+    """
+
+    terms: Terms
+
+    def __init__(self, shared: Shared, key: str, sock: socket.socket, *, exclusive: bool) -> None:
+        self.shared = shared
+        self.key = key
+        self.sock = sock
+        self.exclusive = exclusive  # other workers hold this very socket too
+
+    def bind_policy(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
+        """Judge as endpoint ``index`` of this snapshot from now on."""
+        self.terms = Terms(snapshot, bindings, index)
+        endpoint = snapshot.meta["endpoints"][index]
+        first = endpoint["row"] * snapshot.classes
+        self.snapshot = snapshot
+        self.cells = snapshot.matrix[first : first + snapshot.classes]
+        self.slots = bindings.details
+        self.over_slot = bindings.details[snapshot.meta["listeners"][endpoint["listener"]]["over_detail"]]
+        self.judged: dict[str, tuple[int, int, bytes]] = {}
+
+    def judge(self, host: str) -> tuple[int, int, bytes]:
+        """Return (verdict word, family, packed address) for a source as the kernel writes it; not counted yet.
+
+        An IPv4-mapped source is IPv4. Equal sources are looked up once.
+        """
+        known = self.judged.get(host)
+        if known is not None:
+            return known
+        snapshot = self.snapshot
+        packed = unmapped(host)
+        address = int.from_bytes(packed, "big")
+        if len(packed) == 4:
+            family, found = 4, snapshot.lookup_v4(address)
+        else:
+            family, found = 6, snapshot.lookup_v6(address >> 64, address & LOW64)
+        if len(self.judged) >= CACHED_PEERS:
+            self.judged.clear()
+        answer = self.judged[host] = (self.cells[found], family, packed)
+        return answer
+
+    def judge_local(self) -> tuple[int, int, bytes]:
+        """Return what `judge` returns, for a peer without an address."""
+        return self.cells[LOCAL_CLASS], 0, UNIX_PEER
+
+    def has_room(self) -> bool:
+        """Say whether the listener's ``max_sessions``, over all workers, permits another session."""
+        limit = self.terms.max_sessions
+        if limit is None:
+            return True
+        opened = self.terms.block + ListenerSlot.SESSIONS_OPENED
+        closed = self.terms.block + ListenerSlot.SESSIONS_CLOSED
+        return sum(view[opened] - view[closed] for view in self.shared.siblings) < limit
+
+    def refuse(self, word: int, source: tuple[int, bytes, int], destination: tuple[bytes, int]) -> None:
+        """Count and report a refusal: by the verdict itself, or by ``max_sessions`` when the verdict would allow."""
+        slot = self.over_slot if word & ACTION_MASK == ALLOW else self.slots[word >> DETAIL_SHIFT]
+        self.shared.counters[slot] += 1
+        self.shared.report.refusal(slot, self.terms.number, source, destination)
+
+    def may_open(self, descriptors: int) -> bool:
+        """Say whether the process can afford another session."""
+        return self.shared.open_fds + descriptors <= self.shared.max_fds
+
+
+def pack_address(family: int, host: str) -> bytes:
+    """Return an address as an audit record holds it: IPv4 in the first four bytes, zeros for a unix socket."""
+    if family == 0:
+        return UNIX_PEER
+    return socket.inet_pton(socket.AF_INET if family == 4 else socket.AF_INET6, host)
+
+
+def unmapped(host: str) -> bytes:
+    """Return an address as the kernel writes it, packed; an IPv4-mapped one as IPv4, a scope is left out."""
+    if ":" not in host:
+        return socket.inet_aton(host)
+    packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    return packed[12:] if packed.startswith(MAPPED) else packed
+
+
+def ephemeral_ports() -> range:
+    """Return the ports that the kernel gives to sockets which did not ask for one."""
+    with open(EPHEMERAL_PORTS, encoding="ascii") as file:
+        first, last = file.read().split()
+    return range(int(first), int(last) + 1)

@@ -1,0 +1,334 @@
+"""One TCP session: from the dial to its last account.
+
+    dialing ──► relaying ──► finished
+       │           └──► delivering: one leg was reset; the other gets what had arrived, then a reset too ──► finished
+       └──► finished: the backend could not be reached
+
+A reset must travel, or a stream that was cut would look complete; but not before the data ahead of it has been
+acknowledged, because a reset discards what is still on its way.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import struct
+import termios
+import time
+from bisect import bisect_left
+from fcntl import ioctl
+from typing import TYPE_CHECKING
+
+from gatekeeper.proxy.accounts import count_bytes, count_end, count_failure
+from gatekeeper.proxy.loop import READ, WRITE
+from gatekeeper.proxy.relay import CHUNK_BYTES, SPLICE_FLAGS, UNWATCHED, Leg
+from gatekeeper.snapshot.counters import DIAL_BOUNDS_S, End, ListenerSlot
+
+if TYPE_CHECKING:
+    from gatekeeper.proxy.gate import Gate
+
+LINGER_RESET = struct.pack("ii", 1, 0)  # close at once, with a reset
+DELIVERY_TIMEOUT_S = 5.0  # how long a reset waits for the data ahead of it
+DELIVERY_ROUNDS = 64  # chunks moved in one turn
+
+
+class TcpSession:
+    """One client and its backend. Owns both descriptors from the moment it is made."""
+
+    __slots__ = (
+        "active_s",  # when bytes were last seen to move
+        "backend",
+        "began_s",
+        "client",
+        "destination",
+        "epoll",
+        "flow",
+        "gate",
+        "idle_limit_s",
+        "pipes",
+        "reported_in",
+        "reported_out",
+        "slot",
+        "source",
+        "terms",
+    )
+
+    def __init__(
+        self, gate: Gate, fd: int, slot: int, source: tuple[int, bytes, int], destination: tuple[bytes, int]
+    ) -> None:
+        """Take over an accepted client. ``slot`` is its verdict's counter; call `dial` next."""
+        shared = gate.shared
+        self.gate = gate
+        self.terms = gate.terms
+        self.epoll = shared.loop.epoll
+        self.pipes = shared.pipes
+        self.slot = slot
+        self.source = source
+        self.destination = destination
+        self.began_s = self.active_s = shared.loop.now
+        self.idle_limit_s = self.terms.idle_timeout_s
+        self.reported_in = self.reported_out = 0
+        self.flow = shared.report.flow_id()
+        self.client = Leg(self, fd, None)
+        self.backend = self.client  # until `dial` has made one
+        shared.sessions[fd] = self
+        shared.open_fds += 2
+        shared.counters[self.terms.block + ListenerSlot.SESSIONS_OPENED] += 1
+
+    # -- dialing
+
+    def dial(self) -> None:
+        """Connect to the backend and send along what the client has already said."""
+        terms = self.terms
+        try:
+            sock = _socket.socket(terms.backend_family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
+        except OSError as err:
+            self.dial_failed(err.errno)
+            return
+        client = self.client
+        self.backend = backend = Leg(self, sock.fileno(), sock)
+        client.other, backend.other = backend, client
+        error = sock.connect_ex(terms.backend_address)
+        if error and error != errno.EINPROGRESS:
+            self.dial_failed(error)
+            return
+        if terms.may_meet_itself and sock.getsockname() == terms.backend_address:
+            self.dial_failed(errno.ELOOP)
+            return
+        # Nearby backends are connected by now, and most clients speak first: then their first bytes prove the
+        # connection, and waiting for it to become writable would be three more system calls.
+        try:
+            data = os.read(client.fd, CHUNK_BYTES)
+        except BlockingIOError:
+            data = b""
+        except OSError:
+            self.lose(client)
+            return
+        else:
+            if not data:  # it has ended before it began; the backend is to see just that
+                client.ended = True
+        if data:
+            client.received = len(data)
+            client.pending = data
+            try:
+                sent = os.write(backend.fd, data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as err:
+                self.dial_failed(err.errno)
+                return
+            if sent:
+                client.pending = data[sent:] or None
+                self.connected()
+                return
+        if error:
+            shared = self.gate.shared
+            dial = Dial(self)
+            shared.loop.watch(backend.fd, WRITE, dial)
+            shared.due[client.fd] = dial
+        else:
+            self.connected()
+
+    def connected(self) -> None:
+        """The backend has answered: count the dial and relay from now on."""
+        shared = self.gate.shared
+        client, backend = self.client, self.backend
+        took = time.monotonic() - self.began_s
+        counters, block = shared.counters, self.terms.block
+        counters[block + ListenerSlot.DIAL_SUM_US] += int(took * 1e6)
+        counters[block + ListenerSlot.DIAL_BUCKETS + bisect_left(DIAL_BOUNDS_S, took)] += 1
+        handlers = shared.loop.handlers
+        handlers[client.fd] = client
+        handlers[backend.fd] = backend
+        if client.pending is None and not client.ended:
+            self.epoll.register(client.fd, READ)
+            client.interest = READ
+            backend.watch(READ)
+            return
+        backend.watch_as_needed()
+        client.watch_as_needed()
+        if client.ended:
+            client.end()
+
+    def dial_failed(self, error: int | None) -> None:
+        """The backend cannot be reached: count why (errno), and reset the client."""
+        count_failure(self.gate.shared, self.terms, error)
+        self.finish(End.BACKEND_FAILED)
+
+    # -- relaying
+
+    def half_closed(self) -> None:
+        """One direction has ended: from now on the other one has less time to idle."""
+        self.active_s = self.gate.shared.loop.now
+        self.idle_limit_s = self.terms.half_close_timeout_s
+
+    def lose(self, leg: Leg) -> None:
+        """``leg`` was reset: deliver what had come from it, then reset the other one."""
+        shared = self.gate.shared
+        alive = leg.other
+        alive.drop_waiting()
+        for each in (leg, alive):
+            if each.interest != UNWATCHED:
+                each.watch(UNWATCHED)
+            shared.loop.handlers.pop(each.fd, None)
+        delivery = Delivery(self, leg)
+        shared.due[self.client.fd] = delivery
+        delivery.step()
+
+    # -- ending
+
+    def finish_both(self) -> None:
+        """Both legs have ended and said so."""
+        self.finish(End.FINISHED)
+
+    def fail(self) -> None:
+        """See `Failing.fail`."""
+        self.finish(End.ERROR)
+
+    def sweep(self, now: float) -> None:
+        """See `gate.Session.sweep`."""
+        moved_in, moved_out = self.client.received, self.backend.received if self.backend is not self.client else 0
+        if moved_in != self.reported_in or moved_out != self.reported_out:
+            self.active_s = now
+            count_bytes(self.gate.shared, self, moved_in, moved_out)
+        elif now - self.active_s >= self.idle_limit_s:
+            self.finish(End.HALF_CLOSE_TIMEOUT if self.client.done or self.backend.done else End.IDLE_TIMEOUT)
+
+    def finish(self, end: End) -> None:
+        """See `gate.Session.finish`. Any end but FINISHED is a reset for whoever was not told the end before."""
+        shared = self.gate.shared
+        client, backend = self.client, self.backend
+        if shared.sessions.pop(client.fd, None) is None:
+            return
+        shared.due.pop(client.fd, None)
+        handlers = shared.loop.handlers
+        legs = (client,) if backend is client else (client, backend)
+        moved_in, moved_out = client.received, 0 if backend is client else backend.received
+        for leg in legs:
+            handlers.pop(leg.fd, None)
+            # A side that was told the end has a whole stream, and may still be reading it.
+            if end is not End.FINISHED and not leg.other.done:
+                leg.socket().setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, LINGER_RESET)
+            leg.close()
+        for leg in legs:
+            leg.other = leg.session = None  # type: ignore[assignment]  # no cycles may be left to the collector
+        shared.open_fds -= 2
+        count_end(shared, self, moved_in, moved_out, end)
+
+
+class Dial:
+    """Waits until the backend has answered."""
+
+    __slots__ = ("deadline_s", "session")
+
+    def __init__(self, session: TcpSession) -> None:
+        self.session = session
+        self.deadline_s = session.began_s + session.terms.connect_timeout_s
+
+    def ready(self, _mask: int) -> None:
+        """The kernel knows how the dial went."""
+        session = self.session
+        backend = session.backend
+        shared = session.gate.shared
+        error = backend.socket().getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
+        if error:
+            session.dial_failed(error)
+            return
+        shared.loop.unwatch(backend.fd)
+        del shared.due[session.client.fd]
+        session.connected()
+
+    def check(self, now: float) -> None:
+        """See `gate.Due.check`."""
+        if now >= self.deadline_s:
+            self.session.dial_failed(errno.ETIMEDOUT)
+
+    def fail(self) -> None:
+        """See `Failing.fail`."""
+        self.session.fail()
+
+
+class Delivery:
+    """The last duty of a session one of whose legs was reset: bring over what had arrived before, then reset the other."""
+
+    __slots__ = ("alive", "dead", "deadline_s", "end", "read_all", "session", "unacknowledged", "waiting")
+
+    def __init__(self, session: TcpSession, dead: Leg) -> None:
+        self.session = session
+        self.dead = dead
+        self.alive = dead.other
+        self.end = End.CLIENT_RESET if dead is session.client else End.BACKEND_RESET
+        self.deadline_s = session.gate.shared.loop.now + DELIVERY_TIMEOUT_S
+        self.read_all = False
+        self.waiting = False  # registered for WRITE
+        self.unacknowledged = -1
+
+    def ready(self, _mask: int) -> None:
+        """The living leg can take more."""
+        self.step()
+
+    def step(self) -> None:
+        """Write what the living leg takes; once it has everything, wait for its acknowledgement."""
+        dead = self.dead
+        for _ in range(DELIVERY_ROUNDS):
+            if not dead.blocked():
+                try:
+                    dead.pending = os.read(dead.fd, CHUNK_BYTES) or None
+                except OSError:  # the reset itself, once everything before it was read
+                    dead.pending = None
+                if dead.pending is None:
+                    self.read_all = True
+                    self.wait(for_room=False)
+                    self.check(self.session.gate.shared.loop.now)
+                    return
+                dead.received += len(dead.pending)
+            try:
+                if not self.write():
+                    break
+            except BlockingIOError:
+                break
+            except OSError:  # it is gone too
+                self.session.finish(self.end)
+                return
+        self.wait(for_room=True)
+
+    def write(self) -> bool:
+        """Write once; say whether all that waited went. Raises what the write raises."""
+        dead = self.dead
+        if dead.pipe is not None:
+            dead.piped -= os.splice(dead.pipe.read_fd, self.alive.fd, dead.piped, flags=SPLICE_FLAGS)
+            if not dead.piped:
+                self.session.pipes.give_back(dead.pipe)
+                dead.pipe = None
+        elif dead.pending is not None:
+            dead.pending = dead.pending[os.write(self.alive.fd, dead.pending) :] or None
+        self.deadline_s = self.session.gate.shared.loop.now + DELIVERY_TIMEOUT_S
+        return not dead.blocked()
+
+    def wait(self, *, for_room: bool) -> None:
+        """Watch the living leg for room, or not at all."""
+        if for_room != self.waiting:
+            loop = self.session.gate.shared.loop
+            self.waiting = for_room
+            if for_room:
+                loop.watch(self.alive.fd, WRITE, self)
+            else:
+                loop.unwatch(self.alive.fd)
+
+    def check(self, now: float) -> None:
+        """See `gate.Due.check`."""
+        if self.read_all:
+            left = struct.unpack("i", ioctl(self.alive.fd, termios.TIOCOUTQ, bytes(4)))[0]
+            if left == 0:
+                self.session.finish(self.end)
+                return
+            if left != self.unacknowledged:
+                self.unacknowledged = left
+                self.deadline_s = now + DELIVERY_TIMEOUT_S
+        if now >= self.deadline_s:
+            self.session.finish(self.end)
+
+    def fail(self) -> None:
+        """See `Failing.fail`."""
+        self.session.fail()

@@ -1,0 +1,172 @@
+"""The TCP side of an endpoint: accept, judge, then a session or a refusal."""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import select
+from typing import TYPE_CHECKING, Any
+
+from gatekeeper.proxy.accounts import SocketDrops
+from gatekeeper.proxy.gate import ALLOW, DROP, Gate, Shared, unmapped
+from gatekeeper.proxy.loop import READ, say
+from gatekeeper.proxy.session import LINGER_RESET, TcpSession
+from gatekeeper.snapshot.counters import ListenerSlot, WorkerSlot
+from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT
+
+if TYPE_CHECKING:
+    import socket
+
+    from gatekeeper.snapshot.bindings import Bindings
+    from gatekeeper.snapshot.reader import Snapshot
+
+BATCH_MOST = 64  # connections accepted in one turn
+FDS_PER_SESSION = 2
+
+# While descriptors or memory are exhausted the kernel keeps the listener readable, so the loop would spin.
+# Stop watching it for a moment instead: what waits in the queue is served as soon as there is room.
+PAUSE_S = 0.1
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+TCP_INFO_QUEUE = slice(24, 28)  # struct tcp_info: tcpi_unacked, which is the queue's length for a listening socket
+TCP_INFO_BYTES = 32
+
+
+class TcpGate(Gate):
+    """Accepts connections at one endpoint. Watched from `open` to `close`."""
+
+    def __init__(self, shared: Shared, key: str, sock: socket.socket, *, exclusive: bool) -> None:
+        super().__init__(shared, key, sock, exclusive=exclusive)
+        self.batch = 1
+        self.paused = False
+        self.paused_until_s = 0.0
+        self.drops = SocketDrops(sock)
+
+    def open(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
+        """Start to accept under this policy."""
+        self.bind_policy(snapshot, bindings, index)
+        self.sock.setblocking(False)
+        self.watch()
+
+    def watch(self) -> None:
+        """Ask the loop for new connections; of several workers with one socket it wakes one."""
+        self.shared.loop.watch(self.sock.fileno(), READ | (select.EPOLLEXCLUSIVE if self.exclusive else 0), self)
+
+    def ready(self, _mask: int) -> None:
+        """See `Handler.ready`: sessions come first."""
+        self.shared.loop.acceptors.append(self)
+
+    def fail(self) -> None:
+        """See `Failing.fail`: the listener stays, whatever went wrong with one connection."""
+        self.shared.counters[self.terms.block + ListenerSlot.ACCEPT_ERRORS] += 1
+
+    def accept(self) -> None:
+        """See `Acceptor.accept`. The batch grows while it finds work, so that a quiet listener costs no extra call."""
+        if self.paused:
+            return
+        shared = self.shared
+        take = self.sock._accept  # type: ignore[attr-defined]  # noqa: SLF001 - a descriptor without a wrapper object
+        for taken in range(self.batch):
+            if shared.open_fds + FDS_PER_SESSION > shared.max_fds:
+                self.pause("too few file descriptors for another session")
+                return
+            try:
+                fd, peer = take()
+            except BlockingIOError:
+                self.batch = taken or 1
+                return
+            except OSError as err:
+                if err.errno in EXHAUSTED:
+                    self.pause(os.strerror(err.errno))
+                    return
+                shared.counters[self.terms.block + ListenerSlot.ACCEPT_ERRORS] += 1  # it left before we came
+                continue
+            self.admit(fd, peer)
+        self.batch = min(self.batch * 2, BATCH_MOST)
+
+    def admit(self, fd: int, peer: Any) -> None:
+        """Judge one accepted connection and take it over or turn it away."""
+        terms = self.terms
+        if terms.destination[1]:
+            word, family, packed = self.judge(peer[0])
+            source = (family, packed, peer[1])
+        else:
+            word, family, packed = self.judge_local()
+            source = (family, packed, 0)
+        destination = terms.destination if not terms.wildcard else local_address(fd)
+        if word & ACTION_MASK == ALLOW and (terms.max_sessions is None or self.has_room()):
+            slot = self.slots[word >> DETAIL_SHIFT]
+            self.shared.counters[slot] += 1
+            os.set_blocking(fd, False)
+            session = TcpSession(self, fd, slot, source, destination)
+            try:
+                session.dial()
+            except Exception:  # noqa: BLE001 - the loop's promise: a session's fault is its own
+                self.shared.loop.give_up(session)
+        else:
+            self.turn_away(fd, family, silently=word & ACTION_MASK == DROP)
+            self.refuse(word, source, destination)
+
+    @staticmethod
+    def turn_away(fd: int, family: int, *, silently: bool) -> None:
+        """End a refused connection with a reset; ``silently`` lets the reset die at the first router."""
+        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0, fd)
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, LINGER_RESET)
+        if silently and family == 4:
+            sock.setsockopt(_socket.IPPROTO_IP, _socket.IP_TTL, 1)
+        elif silently and family == 6:
+            sock.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_UNICAST_HOPS, 1)
+        sock.close()
+
+    def pause(self, why: str) -> None:
+        """Stop accepting for a moment."""
+        shared = self.shared
+        shared.counters[WorkerSlot.ACCEPT_PAUSES] += 1
+        self.paused = True
+        self.paused_until_s = shared.loop.now + PAUSE_S
+        shared.loop.unwatch(self.sock.fileno())
+        shared.due[self.sock.fileno()] = self
+        if not shared.starved:
+            shared.starved = True
+            say(f"{self.key}: {why}; new connections wait in the kernel's queue, live sessions go on")
+
+    def check(self, now: float) -> None:
+        """See `gate.Due.check`: go on accepting."""
+        if now < self.paused_until_s:
+            return
+        shared = self.shared
+        del shared.due[self.sock.fileno()]
+        self.paused = False
+        self.batch = 1
+        self.watch()
+        if shared.starved and self.may_open(FDS_PER_SESSION):
+            shared.starved = False
+            say(f"{self.key}: accepting again")
+
+    def measure(self) -> int:
+        """Account for the kernel's queue drops and return the queue's length."""
+        self.shared.counters[self.terms.block + ListenerSlot.ACCEPT_OVERFLOWS] += self.drops.new()
+        if not self.terms.destination[1]:
+            return 0  # unix sockets do not tell
+        info = self.sock.getsockopt(_socket.IPPROTO_TCP, _socket.TCP_INFO, TCP_INFO_BYTES)
+        return int.from_bytes(info[TCP_INFO_QUEUE], "little")
+
+    def close(self) -> None:
+        """Judge what is still queued, then close the socket. Sessions go on."""
+        self.batch = BATCH_MOST
+        for _ in range(BATCH_MOST):
+            self.accept()
+            if self.paused or self.batch < BATCH_MOST:
+                break
+        self.shared.due.pop(self.sock.fileno(), None)
+        self.shared.loop.unwatch(self.sock.fileno())
+        self.sock.close()
+
+
+def local_address(fd: int) -> tuple[bytes, int]:
+    """Return the (packed address, port) that a client of a wildcard listener connected to."""
+    sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0, fd)
+    host, port = sock.getsockname()[:2]
+    sock.detach()
+    return unmapped(host), port

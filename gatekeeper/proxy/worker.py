@@ -1,0 +1,283 @@
+"""A worker: takes orders from the supervisor, watches its endpoints, keeps its sessions.
+
+Orders arrive on a `Channel`; `ORDERS` lists them. A new snapshot is prepared first and put in force by a second order, so
+that all workers change over or none does. Nothing but the supervisor, the observer, clients and backends is ever spoken to.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import resource
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gatekeeper.errors import ChannelClosed, GatekeeperError
+from gatekeeper.kernel import privileges
+from gatekeeper.proxy.gate import Session, Shared
+from gatekeeper.proxy.loop import IDLE_TICK_S, READ, TICK_S, Loop, say
+from gatekeeper.proxy.pipes import PipePool
+from gatekeeper.proxy.report import FLUSH_S, Reporter
+from gatekeeper.proxy.tcp import TcpGate
+from gatekeeper.proxy.udp import UdpGate
+from gatekeeper.snapshot.bindings import Bindings
+from gatekeeper.snapshot.counters import CAPACITY_BYTES, End, ListenerSlot, WorkerSlot
+from gatekeeper.snapshot.reader import Snapshot
+
+if TYPE_CHECKING:
+    from gatekeeper.kernel.channel import Channel
+
+HOUSEKEEPING_S = 1.0  # suppressed refusals, queue lengths, a new round of sweeps
+SWEPT_PER_TURN = 1000  # sessions looked at in one turn, so that no turn takes long
+RESERVED_FDS = 64  # for pipes, listeners and what the interpreter needs
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A snapshot that was checked and waits for its commit."""
+
+    generation: int
+    snapshot: Snapshot
+    bindings: Bindings
+
+
+class Worker:
+    """One process of the data path. Owns everything it was sent."""
+
+    shared: Shared
+    report: Reporter
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.loop = Loop()
+        self.gates: dict[str, TcpGate | UdpGate] = {}
+        self.sockets: dict[str, tuple[socket.socket, bool]] = {}  # handed to us, not watched yet
+        self.prepared: Prepared | None = None
+        self.in_force: Prepared | None = None
+        self.sweeping: list[Session] = []
+        self.next_housekeeping_s = 0.0
+        self.drain_deadline_s: float | None = None
+        self.running = True
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Work until drained. Returns when the supervisor is gone, too: it would have been killed anyway."""
+        self.channel.sock.setblocking(True)
+        while not hasattr(self, "shared"):  # nothing else can happen before `start`
+            self.obey(*self.channel.receive())
+        self.channel.sock.setblocking(False)
+        self.loop.watch(self.channel.fileno(), READ, self)
+        # What exists now lives as long as the worker: the collector need not look at it again. Sessions leave no
+        # cycles behind, so it need not run often either.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+        while self.running:
+            self.loop.turn(self.patience())
+            self.tick()
+        self.report.flush()
+
+    def patience(self) -> float:
+        """Return how long the loop may wait for events, in seconds."""
+        if self.shared.due or self.sweeping:
+            return TICK_S
+        return FLUSH_S if self.report.batch else IDLE_TICK_S
+
+    def ready(self, _mask: int) -> None:
+        """See `Handler.ready`: orders have arrived."""
+        try:
+            while True:
+                self.obey(*self.channel.receive())
+        except BlockingIOError:
+            return
+        except ChannelClosed:
+            self.running = False
+
+    def fail(self) -> None:
+        """See `Failing.fail`: an order could not be carried out, so the supervisor must not count on this worker."""
+        self.running = False
+
+    def tick(self) -> None:
+        """Do what is due, after each turn."""
+        now = self.loop.now
+        shared = self.shared
+        shared.counters[WorkerSlot.HEARTBEAT_MS] = int(now * 1000)
+        if shared.due:
+            for waiting in list(shared.due.values()):
+                waiting.check(now)
+        if self.report.batch and now >= self.report.flush_due_s:
+            self.report.flush()
+        if self.sweeping:
+            for session in self.sweeping[-SWEPT_PER_TURN:]:
+                session.sweep(now)
+            del self.sweeping[-SWEPT_PER_TURN:]
+        if now >= self.next_housekeeping_s:
+            self.next_housekeeping_s = now + HOUSEKEEPING_S
+            self.keep_house(now)
+        if self.drain_deadline_s is not None:
+            self.go_on_draining(now)
+
+    def keep_house(self, now: float) -> None:
+        """Do what is due once a second."""
+        loop, counters = self.loop, self.shared.counters
+        loop.wall_offset = time.time() - now
+        counters[WorkerSlot.LOOP_TURNS] = loop.turns
+        counters[WorkerSlot.LOOP_STALL_MAX_US] = int(loop.longest_turn_s * 1e6)
+        self.report.report_suppressed()
+        queued: dict[int, int] = {}
+        for gate in self.gates.values():
+            block = gate.terms.block
+            queued[block] = queued.get(block, 0) + gate.measure()
+        for block, length in queued.items():
+            counters[block + ListenerSlot.ACCEPT_QUEUE] = length
+        if not self.sweeping:
+            self.sweeping = list(self.shared.sessions.values())
+
+    # -- orders
+
+    def obey(self, order: dict[str, Any], fds: list[int]) -> None:
+        """Carry out one order."""
+        ORDERS[order["op"]](self, order, fds)
+
+    def start(self, order: dict[str, Any], fds: list[int]) -> None:
+        """Give up all privileges, then take the counters and the channel to the observer."""
+        groups = order["groups"]
+        privileges.drop(order["uid"], order["gid"], groups, order["supervisor_pid"])
+        counters_fd, events_fd = fds
+        counters = memoryview(mmap.mmap(counters_fd, CAPACITY_BYTES)).cast("B").cast("Q")
+        os.close(counters_fd)
+        self.report = Reporter(self.loop, counters, socket.socket(fileno=events_fd), order["worker"], order["workers"])
+        self.shared = Shared(
+            loop=self.loop,
+            counters=counters,
+            report=self.report,
+            pipes=PipePool(),
+            siblings=[counters],
+            sessions={},
+            due={},
+            max_fds=most_descriptors() - RESERVED_FDS,
+        )
+        self.channel.send({"op": "ready"})
+
+    def meet_siblings(self, _order: dict[str, Any], fds: list[int]) -> None:
+        """Take the counters of all workers, to be read only."""
+        views = []
+        for fd in fds:
+            views.append(memoryview(mmap.mmap(fd, CAPACITY_BYTES, prot=mmap.PROT_READ)).cast("B").cast("Q"))
+            os.close(fd)
+        self.shared.siblings = views
+
+    def take_sockets(self, order: dict[str, Any], fds: list[int]) -> None:
+        """Keep listening sockets until a policy that names them is in force."""
+        for key, exclusive, fd in zip(order["keys"], order["shared"], fds, strict=True):
+            old = self.sockets.pop(key, None)
+            if old is not None:
+                old[0].close()
+            self.sockets[key] = (socket.socket(fileno=fd), exclusive)
+
+    def prepare(self, order: dict[str, Any], fds: list[int]) -> None:
+        """Map and check a snapshot; say whether it could be put in force."""
+        snapshot_fd, bindings_fd = fds
+        generation = order["generation"]
+        try:
+            # Private and read-only: even this process can not change a verdict by way of its mapping.
+            snapshot = Snapshot(mmap.mmap(snapshot_fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+            with open(bindings_fd, "rb", closefd=False) as file:
+                file.seek(0)
+                bindings = Bindings.from_json(file.read())
+        except (GatekeeperError, OSError, ValueError, KeyError) as err:
+            self.channel.send({"op": "failed", "generation": generation, "error": f"{type(err).__name__}: {err}"})
+            return
+        finally:
+            os.close(snapshot_fd)
+            os.close(bindings_fd)
+        self.prepared = Prepared(generation, snapshot, bindings)
+        self.channel.send({"op": "prepared", "generation": generation})
+
+    def commit(self, order: dict[str, Any], _fds: list[int]) -> None:
+        """Put the prepared snapshot in force: from here on every verdict is the new policy's."""
+        prepared = self.prepared
+        if prepared is None or prepared.generation != order["generation"]:
+            raise ValueError(f"generation {order['generation']} was not prepared")
+        self.prepared, self.in_force = None, prepared
+        endpoints = prepared.snapshot.meta["endpoints"]
+        wanted = {endpoint["key"]: index for index, endpoint in enumerate(endpoints)}
+        for key in [key for key in self.gates if key not in wanted]:
+            self.gates.pop(key).close()
+        for key, index in wanted.items():
+            gate = self.gates.get(key)
+            if gate is not None:
+                gate.bind_policy(prepared.snapshot, prepared.bindings, index)
+            elif key in self.sockets and self.drain_deadline_s is None:
+                sock, exclusive = self.sockets.pop(key)
+                kind = TcpGate if endpoints[index]["protocol"] == "tcp" else UdpGate
+                self.gates[key] = gate = kind(self.shared, key, sock, exclusive=exclusive)
+                gate.open(prepared.snapshot, prepared.bindings, index)
+        self.shared.counters[WorkerSlot.GENERATION] = prepared.generation
+        self.channel.send({"op": "committed", "generation": prepared.generation})
+
+    def abort(self, _order: dict[str, Any], _fds: list[int]) -> None:
+        """Forget what was prepared, and the sockets that only it would have needed."""
+        self.prepared = None
+        for sock, _exclusive in self.sockets.values():
+            sock.close()
+        self.sockets.clear()
+
+    def drain(self, order: dict[str, Any], _fds: list[int]) -> None:
+        """Accept no more; let sessions end by themselves until the deadline."""
+        self.drain_deadline_s = self.loop.now + order["deadline_s"]
+        for key, gate in list(self.gates.items()):
+            if isinstance(gate, TcpGate):
+                del self.gates[key]
+                gate.close()
+            else:
+                gate.drain()
+
+    def go_on_draining(self, now: float) -> None:
+        """Leave once all sessions have ended or the deadline has passed."""
+        assert self.drain_deadline_s is not None
+        sessions = self.shared.sessions
+        if sessions and now < self.drain_deadline_s:
+            return
+        left = len(sessions)
+        for session in list(sessions.values()):
+            session.finish(End.DRAINED)
+        self.report.report_suppressed()
+        self.report.flush()
+        self.channel.send({"op": "drained", "sessions": left})
+        self.running = False
+
+
+ORDERS = {
+    "start": Worker.start,
+    "siblings": Worker.meet_siblings,
+    "listen": Worker.take_sockets,
+    "prepare": Worker.prepare,
+    "commit": Worker.commit,
+    "abort": Worker.abort,
+    "drain": Worker.drain,
+}
+
+
+def most_descriptors() -> int:
+    """Raise the limit of open files as far as allowed and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def main(channel: Channel) -> int:
+    """Be a worker until told to leave; return the exit code."""
+    try:
+        Worker(channel).run()
+    except ChannelClosed:
+        say("the supervisor is gone")
+        return 1
+    return 0
