@@ -1,0 +1,76 @@
+"""Telling the service manager how we are: the sd_notify protocol, one datagram a message."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Notifier:
+    """Sends states to the socket in NOTIFY_SOCKET; without one, every call does nothing. Owns its socket."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Read NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID from ``environment``."""
+        self._socket: socket.socket | None = None
+        self.watchdog_interval_s = _watchdog_interval_s(environment)
+        address = environment.get("NOTIFY_SOCKET", "")
+        if address.startswith(("/", "@")):
+            self._address = "\0" + address[1:] if address.startswith("@") else address
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._socket.setblocking(False)
+
+    def ready(self, status: str) -> None:
+        """Say that the service is up, or that a reload has ended."""
+        self._send(f"READY=1\nSTATUS={_one_line(status)}")
+
+    def status(self, status: str) -> None:
+        """Say in one line what the service is doing."""
+        self._send(f"STATUS={_one_line(status)}")
+
+    def reloading(self) -> None:
+        """Say that a reload has begun; `ready` must follow, whatever becomes of it."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+    def stopping(self, status: str) -> None:
+        """Say that the service is on its way down."""
+        self._send(f"STOPPING=1\nSTATUS={_one_line(status)}")
+
+    def watchdog(self) -> None:
+        """Say that we are alive; due every ``watchdog_interval_s``."""
+        self._send("WATCHDOG=1")
+
+    def close(self) -> None:
+        """Close the socket; later calls do nothing."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _send(self, text: str) -> None:
+        if self._socket is None:
+            return
+        try:
+            self._socket.sendto(text.encode(), self._address)
+        except OSError:
+            # The manager is gone or slow. It will notice by itself, and the service must not stop for it.
+            return
+
+
+def _watchdog_interval_s(environment: Mapping[str, str]) -> float | None:
+    """Return how often the watchdog wants to hear from us (half of its patience), or ``None``."""
+    try:
+        limit_us = int(environment.get("WATCHDOG_USEC", "0"))
+        pid = int(environment.get("WATCHDOG_PID", "0"))
+    except ValueError:
+        return None
+    if limit_us <= 0 or pid not in {0, os.getpid()}:
+        return None
+    return limit_us / 2_000_000
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

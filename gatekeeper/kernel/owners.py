@@ -1,0 +1,158 @@
+"""Who holds an address: for the message that says it is taken.
+
+What /proc lets us see: the sockets of this network namespace, and the descriptors of processes of our own user (of
+every user, for root).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import pwd
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gatekeeper.policy.model import Endpoint
+
+_PROC = Path("/proc")
+_LONGEST_COMMAND = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A socket that is in the way. ``pid`` and ``command`` are ``None`` when the process cannot be seen.
+
+    ``uid`` is ``None`` when /proc does not say (unix sockets).
+    """
+
+    inode: int
+    uid: int | None
+    pid: int | None
+    command: str | None
+
+    def __str__(self) -> str:
+        if self.pid is not None:
+            return f"pid {self.pid} ({self.command})"
+        if self.uid is None:
+            return "a process that we may not look into"
+        try:
+            name = pwd.getpwuid(self.uid).pw_name
+        except KeyError:
+            name = f"uid {self.uid}"
+        return f"a process of {name} that we may not look into"
+
+
+def owner_of(endpoint: Endpoint) -> Owner | None:
+    """Return who holds the address of ``endpoint``, or one that overlaps it; ``None`` when nobody can be found.
+
+    Of several processes that share the socket the oldest is named: the one that the others were started by.
+    """
+    sockets = conflicting(endpoint)
+    if not sockets:
+        return None
+    holders = sorted(_holders(set(sockets)))
+    if not holders:
+        inode, uid = next(iter(sockets.items()))
+        return Owner(inode, uid, None, None)
+    _age, pid, inode = holders[0]
+    return Owner(inode, sockets[inode], pid, _command(pid))
+
+
+def conflicting(endpoint: Endpoint) -> dict[int, int | None]:
+    """Return inode -> uid of every socket whose address keeps us from binding ``endpoint``.
+
+    Connections count only when nobody listens there: an ephemeral port can be in the way, but those of a listener are
+    not the point.
+    """
+    if endpoint.family == 0:
+        return dict.fromkeys(_unix_inodes(endpoint.host))
+    wanted = ipaddress.ip_address(endpoint.host)
+    rows = [
+        (listens, inode, uid)
+        for version in (4, 6)
+        for address, port, listens, uid, inode in _inet_rows(endpoint.protocol, version)
+        if port == endpoint.port and inode and _overlap(wanted, address)
+    ]
+    listening = [row for row in rows if row[0]]
+    return {inode: uid for _listens, inode, uid in listening or rows}
+
+
+def inode_of(sock: socket.socket) -> int:
+    """Return the number under which /proc/net lists ``sock``."""
+    return os.fstat(sock.fileno()).st_ino
+
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def _overlap(wanted: _Address, held: _Address) -> bool:
+    if isinstance(held, ipaddress.IPv6Address) and held.ipv4_mapped is not None:
+        held = held.ipv4_mapped
+    if wanted.version != held.version:
+        # An IPv6 wildcard may hold the IPv4 port as well; /proc does not say, but somebody is in the way.
+        return held.version == 6 and held.is_unspecified
+    return wanted == held or wanted.is_unspecified or held.is_unspecified
+
+
+def _inet_rows(protocol: str, version: int) -> Iterator[tuple[_Address, int, bool, int, int]]:
+    """Yield (address, port, is a listener, uid, inode) for each socket of one protocol and family."""
+    path = _PROC / "net" / (protocol if version == 4 else f"{protocol}6")
+    with contextlib.suppress(OSError):
+        for line in path.read_text("ascii").splitlines()[1:]:
+            fields = line.split()
+            host, port = fields[1].split(":")
+            yield _address(host), int(port, 16), fields[3] in {"0A", "07"}, int(fields[7]), int(fields[9])
+
+
+def _address(text: str) -> _Address:
+    """Read an address as /proc/net prints it: 32-bit words in the machine's byte order."""
+    words = bytes.fromhex(text)
+    if sys.byteorder == "little":
+        words = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+    return ipaddress.ip_address(words)
+
+
+def _unix_inodes(path: str) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for line in (_PROC / "net/unix").read_text(errors="replace").splitlines()[1:]:
+            fields = line.split(None, 7)
+            if len(fields) == 8 and fields[7] == path:
+                yield int(fields[6])
+
+
+def _holders(inodes: set[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (start time, pid, inode) for each process that has one of the sockets open."""
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    for entry in os.scandir(_PROC):
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it ended, or is not ours to look into
+            for fd in os.scandir(f"{entry.path}/fd"):
+                inode = wanted.get(os.readlink(fd.path))
+                if inode is not None:
+                    yield _start_time(entry.name), int(entry.name), inode
+                    break
+
+
+def _start_time(pid: str) -> int:
+    fields = (_PROC / pid / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    return int(fields[19])
+
+
+def _command(pid: int) -> str:
+    try:
+        words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+        text = b" ".join(words).decode(errors="replace").strip()
+        text = text or (_PROC / str(pid) / "comm").read_text(errors="replace").strip()
+    except OSError:
+        return "already gone"
+    # What other people's processes call themselves must not reach a terminal unfiltered.
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text if len(text) <= _LONGEST_COMMAND else text[: _LONGEST_COMMAND - 1] + "…"

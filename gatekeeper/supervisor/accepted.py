@@ -1,0 +1,81 @@
+"""A policy that passed every check, with all that processes need to enforce it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gatekeeper.kernel import memfd
+from gatekeeper.policy.model import Endpoint, Protocol
+from gatekeeper.snapshot.reader import Snapshot
+
+if TYPE_CHECKING:
+    from gatekeeper.snapshot.bindings import Bindings
+    from gatekeeper.supervisor.listening import Opened
+
+
+@dataclass(slots=True)
+class Accepted:
+    """One generation: sealed descriptors for the processes, and the sockets of its endpoints by key. Owns the fds."""
+
+    generation: int
+    meta: dict[str, Any]
+    bindings: Bindings
+    snapshot_fd: int
+    bindings_fd: int
+    opened: dict[str, Opened]
+
+    @property
+    def fds(self) -> tuple[int, int]:
+        """What goes with every message that hands this policy over."""
+        return self.snapshot_fd, self.bindings_fd
+
+    @property
+    def name(self) -> str:
+        """How people tell policies apart: the beginning of the digest."""
+        return str(self.meta["digest"])[:12]
+
+    def close(self) -> None:
+        """Close the descriptors; sockets live on, they may belong to the next generation too."""
+        os.close(self.snapshot_fd)
+        os.close(self.bindings_fd)
+
+
+def accept(snapshot_fd: int, generation: int, before: Bindings) -> Accepted:
+    """Seal and check what the compiler wrote, and bind its names to counters. Takes over ``snapshot_fd``.
+
+    ``opened`` is empty: the caller opens the endpoints.
+
+    Raises:
+        SnapshotError: the bytes are not a sound snapshot.
+        SlotsExhausted: there are no counters left for new names.
+        OSError: somebody still writes to it.
+    """
+    try:
+        memfd.seal(snapshot_fd)
+        meta = _read(snapshot_fd)
+        bindings = before.bind(generation, meta)
+        bindings_fd = memfd.from_bytes("gatekeeper-bindings", bindings.to_json())
+    except BaseException:
+        os.close(snapshot_fd)
+        raise
+    return Accepted(generation, meta, bindings, snapshot_fd, bindings_fd, {})
+
+
+def endpoints(meta: dict[str, Any]) -> list[Endpoint]:
+    """Return the endpoints of a snapshot, in file order."""
+    return [endpoint(item, item["protocol"]) for item in meta["endpoints"]]
+
+
+def endpoint(item: dict[str, Any], protocol: str = "tcp") -> Endpoint:
+    """Return one address of a snapshot's meta section."""
+    return Endpoint(Protocol(protocol), item["family"], item["host"], item["port"])
+
+
+def _read(fd: int) -> dict[str, Any]:
+    # Not closed by hand: the snapshot's views go first, the mapping with the last of them.
+    snapshot = Snapshot(mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ))
+    snapshot.validate()
+    return snapshot.meta

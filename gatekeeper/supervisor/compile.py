@@ -1,0 +1,83 @@
+"""The compiler: a process of its own that reads the rule file, checks it, and writes the snapshot.
+
+`python -m gatekeeper.supervisor.compile FILE --snapshot FD --report FD`. The only part of the running service that
+imports the YAML reader. The report is one JSON document:
+
+    accepted    bool: the snapshot was written
+    unreadable  bool: the rule file itself could not be read
+    problems    [as `gatekeeper.config.as_json`]
+    text        the same problems for people, with the lines they are in
+    failure     null, or why there is neither a snapshot nor a problem in the file
+
+Exit code 0 when the report was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+from gatekeeper.kernel import privileges
+
+MEMORY_LIMIT_BYTES = 4 << 30
+
+
+def main() -> None:
+    """Compile, report, exit."""
+    parser = argparse.ArgumentParser(prog="gatekeeper-compile")
+    parser.add_argument("file")
+    parser.add_argument("--snapshot", type=int, required=True)
+    parser.add_argument("--report", type=int, required=True)
+    parser.add_argument("--supervisor", type=int, required=True)
+    parser.add_argument("--memory", type=int, default=MEMORY_LIMIT_BYTES)
+    arguments = parser.parse_args()
+    privileges.confine(arguments.supervisor)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or arguments.memory < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (arguments.memory, arguments.memory))
+    try:
+        report = compile_file(arguments.file, arguments.snapshot)
+    except MemoryError:
+        report = _failed(f"compiling {arguments.file} takes more than {arguments.memory >> 20} MiB of memory")
+    except OSError as err:
+        report = _failed(f"compiling {arguments.file}: {err}")
+    with open(arguments.report, "wb") as pipe:
+        pipe.write(json.dumps(report).encode())
+
+
+def compile_file(path: str, snapshot_fd: int) -> dict[str, Any]:
+    """Write the snapshot of a rule file, if it may be applied, and return the report.
+
+    Raises:
+        OSError: the snapshot could not be written, or a file could not be read.
+    """
+    from gatekeeper import config  # noqa: PLC0415 - after the limits are in force
+    from gatekeeper.snapshot import encode  # noqa: PLC0415
+
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as err:
+        return _failed(f"cannot read {path}: {err.strerror}") | {"unreadable": True}
+    loaded = config.check(path)
+    text = "\n".join(config.render(problem, loaded.texts) for problem in loaded.problems)
+    problems = [config.as_json(problem) for problem in loaded.problems]
+    accepted = loaded.config is not None and not any(item["severity"] == "error" for item in problems)
+    if accepted:
+        encode.write(loaded.config, snapshot_fd)
+    return {"accepted": accepted, "unreadable": False, "problems": problems, "text": text, "failure": None}
+
+
+def _failed(why: str) -> dict[str, Any]:
+    return {"accepted": False, "unreadable": False, "problems": [], "text": "", "failure": why}
+
+
+if __name__ == "__main__":
+    # Not even an interpreter that shuts down slowly should hold up a reload.
+    main()
+    sys.stderr.flush()
+    os._exit(0)

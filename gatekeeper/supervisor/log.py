@@ -1,0 +1,66 @@
+"""What the service says about itself on stderr: one fact a line, for people."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_ERROR, _WARNING, _INFO = 3, 4, 6  # syslog priorities
+
+
+class Log:
+    """Writes lines to ``stream``. Where the journal reads it, each carries its priority."""
+
+    def __init__(self, stream: TextIO | None = None, environment: Mapping[str, str] | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._for_journal = _is_journal(self._stream, os.environ if environment is None else environment)
+
+    def info(self, text: str) -> None:
+        """Say that something happened as it should."""
+        self._write(_INFO, text)
+
+    def warning(self, text: str) -> None:
+        """Say that something needs attention; the service goes on."""
+        self._write(_WARNING, text)
+
+    def error(self, text: str) -> None:
+        """Say that something that was asked for could not be done."""
+        self._write(_ERROR, text)
+
+    def plain(self, text: str, *, error: bool) -> None:
+        """Write text that has its own layout (problems in rule files)."""
+        for line in text.splitlines():
+            self._put(_ERROR if error else _WARNING, line)
+
+    def _write(self, priority: int, text: str) -> None:
+        word = {_ERROR: "error: ", _WARNING: "warning: ", _INFO: ""}[priority]
+        for line in text.splitlines():
+            self._put(priority, f"gatekeeper: {word}{line}")
+
+    def _put(self, priority: int, line: str) -> None:
+        prefix = f"<{priority}>" if self._for_journal else ""
+        try:
+            self._stream.write(f"{prefix}{line}\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            # Nobody reads us any more (a closed terminal, a full pipe that broke). The service matters more.
+            return
+
+
+def printable(text: str, longest: int = 500) -> str:
+    """Return text that came from another process as one harmless line."""
+    return "".join(char if char.isprintable() else "?" for char in text[:longest])
+
+
+def _is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
+    """Say whether ``stream`` is the one that JOURNAL_STREAM (device:inode) speaks of."""
+    try:
+        device, inode = map(int, environment.get("JOURNAL_STREAM", "").split(":"))
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return (status.st_dev, status.st_ino) == (device, inode)

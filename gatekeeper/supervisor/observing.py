@@ -1,0 +1,125 @@
+"""The observer as the supervisor sees it: told everything, relied on for nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from gatekeeper.supervisor import places
+from gatekeeper.supervisor.child import Child
+from gatekeeper.supervisor.worker import Backoff
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+    from gatekeeper.kernel.privileges import Identity
+    from gatekeeper.supervisor.accepted import Accepted
+    from gatekeeper.supervisor.loop import Loop
+    from gatekeeper.supervisor.worker import Worker
+
+_MOST_EVENTS = 100  # kept for an observer that is being replaced
+
+
+class Observer:
+    """Keeps an observer process running and up to date. Owns the audit descriptor and the HTTP socket."""
+
+    def __init__(
+        self, loop: Loop, command: Sequence[str], identity: Identity | None, audit: str, http: socket.socket | None
+    ) -> None:
+        """Open the audit log.
+
+        Raises:
+            PlaceError: the audit log cannot be written.
+        """
+        self.child: Child | None = None
+        self._loop = loop
+        self._command = command
+        self._identity = identity
+        self._audit = audit
+        self._audit_fd = places.open_audit(audit)
+        self._http = http
+        self._unheard: list[dict[str, Any]] = []
+        self._backoff = Backoff()
+
+    def start(self, workers: list[Worker], policy: Accepted | None, state: dict[str, Any]) -> None:
+        """Start a process and tell it everything that its predecessor knew.
+
+        Raises:
+            OSError: it could not be executed.
+        """
+        self.child = Child(self._loop, self._command, lambda _message: None)
+        fds = [] if self._audit_fd is None else [self._audit_fd]
+        if self._http is not None:
+            fds.append(self._http.fileno())
+        identity = self._identity
+        self.child.send(
+            {
+                "op": "start", "workers": len(workers), "supervisor_pid": os.getpid(),
+                "uid": identity and identity.uid, "gid": identity and identity.gid,
+                "groups": identity and list(identity.groups),
+                "audit": places.audit_kind(self._audit), "metrics": self._http is not None,
+            },
+            fds + [worker.observer_fd for worker in workers],
+        )  # fmt: skip
+        for worker in workers:
+            self.counters(worker)
+        if policy is not None:
+            self.policy(policy)
+        self.state(state)
+        unheard, self._unheard = self._unheard, []
+        for event in unheard:
+            self.event(event)
+
+    def counters(self, worker: Worker) -> None:
+        """Tell it where to read the counters of a worker."""
+        if worker.counters_fd is not None:
+            self._tell({"op": "counters", "worker": worker.index}, [worker.counters_fd])
+
+    def policy(self, policy: Accepted) -> None:
+        """Tell it which policy is in force."""
+        self._tell({"op": "policy", "generation": policy.generation}, policy.fds)
+
+    def state(self, state: dict[str, Any]) -> None:
+        """Tell it how the service is."""
+        self._tell({"op": "state", "state": state})
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Let it write an event of the service to the audit log, now or once there is an observer again."""
+        if self.child is None:
+            self._unheard = [*self._unheard[1 - _MOST_EVENTS :], event]
+        self._tell({"op": "event", "event": event})
+
+    def reopen_audit(self) -> None:
+        """Open the audit file anew, as log rotation asks for.
+
+        Raises:
+            PlaceError: it cannot be opened; the old one stays in use.
+        """
+        if places.audit_kind(self._audit) != "file":
+            return
+        fresh = places.open_audit(self._audit)
+        if self._audit_fd is not None:
+            os.close(self._audit_fd)
+        self._audit_fd = fresh
+        if fresh is not None:
+            self._tell({"op": "audit"}, [fresh])
+
+    def ended(self) -> float:
+        """Forget a process that has ended; return how long to wait before the next one is started."""
+        lived_s = time.monotonic() - self.child.started if self.child is not None else 0.0
+        self.child = None
+        return self._backoff.next_delay_s(lived_s)
+
+    def close(self) -> None:
+        """Close what was kept for observers to come."""
+        if self._audit_fd is not None:
+            os.close(self._audit_fd)
+            self._audit_fd = None
+        if self._http is not None:
+            self._http.close()
+
+    def _tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        if self.child is not None:
+            self.child.send(message, fds)

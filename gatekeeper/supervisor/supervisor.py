@@ -1,0 +1,357 @@
+"""The supervisor: opens what strangers connect to, starts whoever serves them, and carries out what signals ask for.
+
+    compile ──► open sockets ──► start the crew ──► serving ──SIGTERM, SIGINT──► draining ──► gone
+                                                    │     ▲
+                                                    └─────┘ SIGHUP: compile, check, open, change over in all workers
+
+Single-threaded, and it never waits: everything is a callback of the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gatekeeper.errors import GatekeeperError, ListenError, SnapshotError
+from gatekeeper.kernel import inherit, privileges, steering
+from gatekeeper.kernel.notify import Notifier
+from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
+from gatekeeper.supervisor import listening, places
+from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
+from gatekeeper.supervisor.change import Change
+from gatekeeper.supervisor.compiling import Compilation, Compiled
+from gatekeeper.supervisor.crew import Commands, Crew
+from gatekeeper.supervisor.loop import Loop
+
+if TYPE_CHECKING:
+    from gatekeeper.supervisor.listening import Opened
+    from gatekeeper.supervisor.log import Log
+
+FINE, REFUSED, CANNOT = 0, 1, 3  # exit codes
+MOST_WORKERS = 128  # their descriptors travel in one message
+STUCK_AFTER_S = 10.0
+NEEDS_RESTART = ("workers", "metrics", "audit", "control", "state")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line decides. ``workers`` ``None``: as the file says."""
+
+    path: str
+    workers: int | None = None
+    drain_timeout_s: float = 300.0
+    stuck_after_s: float = STUCK_AFTER_S
+    commands: Commands = field(default_factory=Commands)
+
+
+class Supervisor:
+    """One run of the service."""
+
+    def __init__(self, options: Options, log: Log) -> None:
+        self._options = options
+        self._log = log
+        self._loop = Loop(self._signalled)
+        self._notifier = Notifier(os.environ)
+        self._inherited = inherit.take(os.environ)
+        self._bindings = Bindings()
+        self._generation = 0
+        self._settings: dict[str, Any] = {}
+        self._opener: listening.Opener | None = None
+        self._crew: Crew | None = None
+        self._compilation: Compilation | None = None
+        self._lock: int | None = None
+        self._serving = False
+        self._stopping = False
+        self._reload_wanted = False
+        self._closing: list[Opened] = []  # removed by the change under way
+        self._started = time.time()
+        self._reloaded = self._started
+        self._reload_error: str | None = None
+
+    def run(self) -> int:
+        """Serve until told to stop; return the exit code."""
+        _raise_descriptor_limit()
+        with self._loop:
+            try:
+                if self._notifier.watchdog_interval_s is not None:
+                    self._pet_watchdog()
+                self._compile(self._first_policy)
+                return self._loop.run()
+            finally:
+                self._close()
+
+    # -- start
+
+    def _compile(self, done: Any) -> None:
+        try:
+            self._compilation = Compilation(self._loop, self._options.commands.compiler, self._options.path, done)
+        except OSError as err:
+            done(Compiled(None, failure=f"the compiler cannot be started: {err}"))
+
+    def _first_policy(self, compiled: Compiled) -> None:
+        self._compilation = None
+        why = self._tell_problems(compiled)
+        if compiled.snapshot_fd is None:
+            self._log.error(why)
+            self._loop.stop(CANNOT if compiled.failure is not None else REFUSED)
+            return
+        try:
+            self._start(self._accept(compiled.snapshot_fd))
+        except (GatekeeperError, SlotsExhausted, OSError) as err:
+            self._log.error(str(err))
+            self._loop.stop(CANNOT)
+
+    def _start(self, policy: Accepted) -> None:
+        self._settings = settings = policy.meta["settings"]
+        if settings["state"] is not None:
+            self._lock = places.lock_state(settings["state"])
+        size = self._options.workers or settings["workers"] or len(os.sched_getaffinity(0))
+        if size > MOST_WORKERS:
+            self._log.warning(f"{size} workers are more than {MOST_WORKERS}; starting {MOST_WORKERS}")
+            size = MOST_WORKERS
+        self._opener = listening.Opener(size, steering.new_key(), self._inherited)
+        policy.opened = self._opener.open_all(endpoints(policy.meta), {})
+        http = listening.open_http(endpoint(settings["metrics"]), self._inherited) if settings["metrics"] else None
+        for unused in self._inherited:
+            self._log.warning(f"no listener wants the inherited socket {unused.describe()}")
+        identity = privileges.who_to_become()
+        crew = Crew(
+            self._loop, self._log, self._options.commands, identity, size, self._options.stuck_after_s, self._state
+        )
+        crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, lambda: self._loop.stop(FINE)
+        self._crew, self._bindings = crew, policy.bindings
+        crew.start(policy, settings["audit"], http)
+        if identity is not None and identity.name != privileges.ACCOUNTS[0]:
+            self._log.info(f"workers run as {identity.name}; an account called {privileges.ACCOUNTS[0]} would be better")
+
+    def _all_serve(self) -> None:
+        self._serving = True
+        self._log.info(self._summary())
+        self._notifier.ready(self._summary())
+        if self._crew is not None:
+            self._crew.event("start", pid=os.getpid(), policy=self._digest())
+            self._crew.tell_state()
+        if self._reload_wanted:
+            self._reload()
+
+    def _cannot_start(self, why: str) -> None:
+        self._log.error(why)
+        self._loop.stop(CANNOT)
+
+    def _accept(self, snapshot_fd: int) -> Accepted:
+        self._generation += 1
+        return accept(snapshot_fd, self._generation, self._bindings)
+
+    def _tell_problems(self, compiled: Compiled) -> str:
+        """Print what the compiler found; return in one line why the file was not accepted."""
+        refused = compiled.snapshot_fd is None
+        if compiled.text:
+            self._log.plain(compiled.text, error=refused)
+        if compiled.failure is not None:
+            return compiled.failure
+        what = "1 problem" if compiled.problems == 1 else f"{compiled.problems} problems"
+        return f"{self._options.path} is not a policy that can be applied ({what})"
+
+    # -- signals
+
+    def _signalled(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            if self._compilation is not None:
+                self._compilation.poll()
+            if self._crew is not None:
+                self._crew.reap()
+        elif number == signal.SIGHUP:
+            self._reload_wanted = True
+            if self._serving and not self._stopping and self._compilation is None and not self._changing():
+                self._reload()
+        elif self._stopping or not self._serving:
+            self._stop_now()
+        else:
+            self._stop()
+
+    # -- reload
+
+    def _changing(self) -> bool:
+        return self._crew is not None and self._crew.change is not None
+
+    def _reload(self) -> None:
+        self._reload_wanted = False
+        self._notifier.reloading()
+        if self._crew is not None and self._crew.observer is not None:
+            try:
+                self._crew.observer.reopen_audit()
+            except places.PlaceError as err:
+                self._log.error(f"{err}; going on with the old one")
+        self._compile(self._next_policy)
+
+    def _next_policy(self, compiled: Compiled) -> None:
+        self._compilation = None
+        crew, opener = self._crew, self._opener
+        if crew is None or opener is None or crew.policy is None:
+            return
+        why = self._tell_problems(compiled)
+        if compiled.snapshot_fd is None:
+            self._reloaded_or_not(why)
+            return
+        old = crew.policy
+        try:
+            new = self._accept(compiled.snapshot_fd)
+        except (SnapshotError, SlotsExhausted, OSError) as err:
+            self._reloaded_or_not(f"the compiled policy cannot be used: {err}")
+            return
+        try:
+            fresh = opener.open_all(endpoints(new.meta), old.opened)
+        except ListenError as err:
+            new.close()
+            self._reloaded_or_not(str(err))
+            return
+        everything = old.opened | fresh
+        wanted = {item.key for item in endpoints(new.meta)}
+        new.opened = {key: opened for key, opened in everything.items() if key in wanted}
+        self._closing = [opened for key, opened in old.opened.items() if key not in wanted]
+
+        def committing() -> None:
+            crew.policy, self._bindings = new, new.bindings
+
+        def done(failure: str | None) -> None:
+            crew.change = None
+            if failure is None:
+                old.close()
+                for opened in self._closing:
+                    opened.close()
+                crew.bring_up_to_date()
+            else:
+                for opened in fresh.values():
+                    opened.close()
+                new.close()
+            self._closing = []
+            self._reloaded_or_not(failure)
+
+        crew.change = Change(self._loop, old, new, crew.those_serving(), committing, done)
+        crew.change.begin()
+
+    def _reloaded_or_not(self, failure: str | None) -> None:
+        """Tell everybody how a reload ended, and begin the next if one was asked for meanwhile."""
+        crew = self._crew
+        if crew is None or crew.policy is None:
+            return
+        self._reload_error = failure
+        if failure is None:
+            self._reloaded = time.time()
+            if crew.observer is not None:
+                crew.observer.policy(crew.policy)
+            self._log.info(f"reloaded: {self._summary()}")
+            self._warn_of_settings(crew.policy.meta["settings"])
+        else:
+            self._log.error(f"{failure}\nreload failed: the policy {crew.policy.name} stays in force")
+        crew.event("reload", successful=failure is None, error=failure, policy=self._digest())
+        crew.tell_state()
+        if not self._stopping:
+            self._notifier.ready(self._summary())
+            if self._reload_wanted:
+                self._reload()
+
+    def _warn_of_settings(self, settings: dict[str, Any]) -> None:
+        for name in NEEDS_RESTART:
+            if settings.get(name) != self._settings.get(name):
+                self._log.warning(f"`{name}` has changed in the file; that takes a restart")
+
+    # -- stop
+
+    def _stop(self) -> None:
+        self._stopping = True
+        crew = self._crew
+        if crew is None or crew.policy is None:
+            self._stop_now()
+            return
+        if self._compilation is not None:
+            self._compilation.cancel()
+        if crew.change is not None and not crew.change.committed:
+            crew.change.abort("the service stops")
+        deadline_s = self._options.drain_timeout_s
+        self._log.info(f"stopping: sessions have {deadline_s:g} s to end; another signal ends them now")
+        self._notifier.stopping("draining")
+        crew.event("stop", pid=os.getpid(), policy=self._digest())
+        crew.tell_state()
+        crew.drain(deadline_s)
+        # Workers serve what waits in their queues already. Ours must go, or newcomers would wait for nobody.
+        self._close_listeners()
+
+    def _stop_now(self) -> None:
+        if self._crew is None or not self._serving:
+            self._log.info("stopping")
+            self._loop.stop(FINE)
+            return
+        self._log.info("stopping now")
+        self._crew.kill()
+
+    def _close_listeners(self) -> None:
+        if self._crew is not None and self._crew.policy is not None:
+            for opened in [*self._crew.policy.opened.values(), *self._closing]:
+                opened.close()
+
+    def _close(self) -> None:
+        """Leave nothing behind, however far we came."""
+        if self._compilation is not None:
+            self._compilation.cancel()
+        if self._crew is not None:
+            self._crew.close()
+        self._close_listeners()
+        if self._lock is not None:
+            os.close(self._lock)
+        self._notifier.close()
+
+    # -- saying how it is
+
+    def _digest(self) -> str | None:
+        policy = self._crew.policy if self._crew is not None else None
+        return policy.meta["digest"] if policy is not None else None
+
+    def _summary(self) -> str:
+        policy = self._crew.policy if self._crew is not None else None
+        if policy is None or self._crew is None:
+            return "starting"
+        names = ", ".join(item["name"] for item in policy.meta["listeners"])
+        workers = len(self._crew.workers)
+        text = f"serving {names or 'nothing'} with {workers} {'worker' if workers == 1 else 'workers'}, policy {policy.name}"
+        return text if self._reload_error is None else f"{text}; the last reload failed"
+
+    def _state(self) -> dict[str, Any]:
+        """Return the state as the observer shows it."""
+        crew, now = self._crew, time.monotonic()
+        workers = crew.workers if crew is not None else []
+        return {
+            "ready": self._serving and not self._stopping and crew is not None and bool(crew.those_serving()),
+            "draining": self._stopping,
+            "workers": [
+                {
+                    "index": worker.index,
+                    "pid": worker.child.pid if worker.child is not None else None,
+                    "alive": worker.child is not None,
+                    "restarts": worker.restarts,
+                    "uptime_s": round(now - worker.child.started, 3) if worker.child is not None else 0.0,
+                }
+                for worker in workers
+            ],
+            "restarts_total": sum(worker.restarts for worker in workers),
+            "last_reload_successful": self._reload_error is None,
+            "last_reload_timestamp": self._reloaded,
+            "last_reload_error": self._reload_error,
+            "started": self._started,
+        }
+
+    def _pet_watchdog(self) -> None:
+        self._notifier.watchdog()
+        self._loop.later(self._notifier.watchdog_interval_s or 1.0, self._pet_watchdog)
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many open files as we may: every endpoint takes one descriptor for each worker."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,232 @@
+"""One worker as the supervisor sees it: started, watched, replaced.
+
+    DOWN ──start──► STARTING ──ready──► READY ──prepare──► PREPARING ──prepared, commit──► COMMITTING ──committed──► SERVING
+      ▲                                                                     ▲                                         │
+      └──────────────────── it ended: back-off, then start ─────────────────┴──────── a newer policy is in force ─────┘
+
+A worker's counters live in a memfd that a successor continues from a copy; they are given to others only once nobody
+but the worker itself can write them.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+from gatekeeper.kernel import memfd
+from gatekeeper.snapshot.counters import (
+    CAPACITY_BYTES,
+    End,
+    ListenerSlot,
+    WorkerSlot,
+)
+from gatekeeper.snapshot.layout import LOW64
+from gatekeeper.supervisor.child import Child
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gatekeeper.kernel.privileges import Identity
+    from gatekeeper.snapshot.bindings import Bindings
+    from gatekeeper.supervisor.accepted import Accepted
+    from gatekeeper.supervisor.listening import Opened
+    from gatekeeper.supervisor.loop import Loop
+
+_SLOT_BYTES = 8
+_SETTLED_S = 10.0  # a process that lived this long did not die of its start
+_FIRST_DELAY_S = 0.1
+_LONGEST_DELAY_S = 5.0
+
+
+class State(enum.Enum):
+    """How far a worker is on its way to serving."""
+
+    DOWN = enum.auto()
+    STARTING = enum.auto()
+    READY = enum.auto()
+    PREPARING = enum.auto()
+    COMMITTING = enum.auto()
+    SERVING = enum.auto()
+
+
+class Backoff:
+    """How long to wait before a process is started again: not at all, then 0.1 s, doubling up to 5 s."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+
+    @property
+    def failures(self) -> int:
+        """How many processes in a row ended soon after their start."""
+        return self._failures
+
+    def next_delay_s(self, lived_s: float) -> float:
+        """Return the delay after a process that lived ``lived_s``."""
+        if lived_s >= _SETTLED_S:
+            self._failures = 0
+        self._failures += 1
+        if self._failures == 1:
+            return 0.0
+        return min(_FIRST_DELAY_S * 2.0 ** (self._failures - 2), _LONGEST_DELAY_S)
+
+
+class Worker:
+    """A place among the workers, and the process that fills it. Owns counters and both ends of the events socket."""
+
+    def __init__(self, index: int, loop: Loop, command: Sequence[str], identity: Identity | None) -> None:
+        self.index = index
+        self.state = State.DOWN
+        self.child: Child | None = None
+        self.restarts = 0
+        self.generation = 0  # of the policy it enforces
+        self.offered = 0  # of the policy it was given last
+        self.backoff = Backoff()
+        self.counters_fd: int | None = None  # of the latest process that was ready; nobody else can write it
+        self._fresh_fd: int | None = None  # of a process that is starting
+        self._heartbeat: mmap.mmap | None = None
+        self._has: dict[str, Opened] = {}  # the sockets it was given
+        self._loop = loop
+        self._command = command
+        self._identity = identity
+        self._events_in, self._events_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._events_in, self._events_out):
+            end.setblocking(False)
+
+    @property
+    def observer_fd(self) -> int:
+        """The observer's end of the events socket."""
+        return self._events_out.fileno()
+
+    def start(
+        self, workers: int, bindings: Bindings, on_message: Callable[[Worker, dict[str, Any]], None]
+    ) -> None:
+        """Start a process whose counters continue those of the one before.
+
+        Raises:
+            OSError: it could not be executed.
+        """
+        self._fresh_fd = memfd.create(f"gatekeeper-counters-{self.index}", CAPACITY_BYTES)
+        if self.counters_fd is not None:
+            os.pwrite(self._fresh_fd, _inheritance(self.counters_fd, bindings), 0)
+        self._heartbeat = mmap.mmap(self._fresh_fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._has = {}
+        self.offered = 0
+        self.child = Child(self._loop, self._command, lambda message: on_message(self, message))
+        self.state = State.STARTING
+        identity = self._identity
+        self.child.send(
+            {
+                "op": "start", "worker": self.index, "workers": workers, "supervisor_pid": os.getpid(),
+                "uid": identity and identity.uid, "gid": identity and identity.gid,
+                "groups": identity and list(identity.groups),
+            },
+            [self._fresh_fd, self._events_in.fileno()],
+        )  # fmt: skip
+
+    def became_ready(self) -> None:
+        """Note that it has mapped its counters and dropped its privileges: from now on only it can write them."""
+        if self._fresh_fd is None:
+            return
+        memfd.seal_against_new_writers(self._fresh_fd)
+        if self.counters_fd is not None:
+            os.close(self.counters_fd)
+        self.counters_fd, self._fresh_fd = self._fresh_fd, None
+        self.state = State.READY
+
+    def offer(self, policy: Accepted) -> None:
+        """Give it the sockets of a policy that it lacks, and the policy; it answers prepared or failed."""
+        if self.child is None:
+            return
+        missing = [
+            (key, sock, opened)
+            for key, opened in policy.opened.items()
+            if self._has.get(key) is not opened and (sock := opened.for_worker(self.index)) is not None
+        ]
+        self._has.update((key, opened) for key, _sock, opened in missing)
+        self.child.send_many(
+            {"op": "listen"},
+            {"keys": [key for key, _, _ in missing], "shared": [opened.shared for _, _, opened in missing]},
+            [sock.fileno() for _, sock, _ in missing],
+        )
+        self.child.send({"op": "prepare", "generation": policy.generation}, policy.fds)
+        self.offered = policy.generation
+
+    def commit(self, policy: Accepted) -> None:
+        """Put the policy it prepared in force there; sockets that it has no endpoint for are closed there."""
+        self._keep(policy)
+        self._tell({"op": "commit", "generation": policy.generation})
+
+    def abort(self, generation: int, policy: Accepted) -> None:
+        """Take an offer back; ``policy`` stays in force. What it does not serve yet it will be given anew."""
+        if self.generation:
+            self._keep(policy)
+        else:
+            self._has = {}
+        self._tell({"op": "abort", "generation": generation})
+
+    def siblings(self, counters: list[int]) -> None:
+        """Tell it where to read the counters of all workers."""
+        if self.child is not None:
+            self.child.send({"op": "siblings"}, counters)
+
+    def drain(self, deadline_s: float) -> None:
+        """Let it accept no more and end when its sessions have, or after ``deadline_s``."""
+        self._tell({"op": "drain", "deadline_s": deadline_s})
+
+    def silent_for_s(self, now: float) -> float:
+        """Return how long its loop has not turned; of one that has not begun to turn, how long ago it was started."""
+        beat = 0.0
+        if self._heartbeat is not None:
+            at = WorkerSlot.HEARTBEAT_MS * _SLOT_BYTES
+            beat = int.from_bytes(self._heartbeat[at : at + _SLOT_BYTES], "little") / 1000
+        started = self.child.started if self.child is not None else now
+        # A worker writes this itself: a time to come must not make it immortal.
+        return now - (beat if started < beat <= now + 1 else started)
+
+    def ended(self) -> float:
+        """Forget a process that has ended; return how long to wait before the next one is started."""
+        lived_s = time.monotonic() - self.child.started if self.child is not None else 0.0
+        self.child = None
+        self.state = State.DOWN
+        self.generation = 0
+        if self._fresh_fd is not None:
+            os.close(self._fresh_fd)
+            self._fresh_fd = None
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+            self._heartbeat = None
+        return self.backoff.next_delay_s(lived_s)
+
+    def close(self) -> None:
+        """Close every descriptor that was kept for this place."""
+        self.ended()
+        self._events_in.close()
+        self._events_out.close()
+        if self.counters_fd is not None:
+            os.close(self.counters_fd)
+            self.counters_fd = None
+
+    def _keep(self, policy: Accepted) -> None:
+        self._has = {key: opened for key, opened in self._has.items() if policy.opened.get(key) is opened}
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        if self.child is not None:
+            self.child.send(message)
+
+
+def _inheritance(counters_fd: int, bindings: Bindings) -> bytes:
+    """Return the slots a successor begins with: all that was counted; what was live has ended, and gauges are zero."""
+    slots = memoryview(bytearray(os.pread(counters_fd, bindings.next_slot * _SLOT_BYTES, 0))).cast("Q")
+    for slot in (WorkerSlot.HEARTBEAT_MS, WorkerSlot.GENERATION, WorkerSlot.LOOP_STALL_MAX_US):
+        slots[slot] = 0
+    for first in bindings.listeners.values():
+        died = slots[first + ListenerSlot.SESSIONS_OPENED] - slots[first + ListenerSlot.SESSIONS_CLOSED]
+        slots[first + ListenerSlot.SESSIONS_CLOSED] = slots[first + ListenerSlot.SESSIONS_OPENED]
+        errors = first + ListenerSlot.ENDS + End.ERROR
+        slots[errors] = (slots[errors] + max(died, 0)) & LOW64
+        slots[first + ListenerSlot.ACCEPT_QUEUE] = 0
+    return slots.tobytes()
