@@ -1,0 +1,71 @@
+"""`gatekeeper doctor` tries things out and says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gatekeeper.cli import probes
+from gatekeeper.cli.probes import State
+from tests.cli.program import gatekeeper
+
+
+def test_every_finding_says_why_and_how_to_mend_it() -> None:
+    """The JSON has the documented keys; whatever is not ok has a fix, whatever is ok has none."""
+    done = gatekeeper("doctor", "--json")
+    report = json.loads(done.out)
+    assert set(report) == {"healthy", "findings"}
+    assert done.code == (0 if report["healthy"] else 1)
+    assert len(report["findings"]) == len(probes.PROBES)
+    for finding in report["findings"]:
+        assert set(finding) == {"check", "state", "found", "why", "fix"}
+        assert finding["why"]
+        assert bool(finding["fix"]) == (finding["state"] != "ok")
+
+
+def test_this_machine_can_do_what_the_tests_need() -> None:
+    """Where the tests run, kernel, seals and steering are fine: the other tests stand on them."""
+    assert {probe().state for probe in (probes.kernel, probes.seals, probes.steer, probes.splicing)} == {State.OK}
+
+
+def test_for_people_each_finding_is_a_line() -> None:
+    """Without --json there is one line for each finding, and no colour when nobody looks."""
+    done = gatekeeper("doctor")
+    assert "\033" not in done.out
+    starts = [line.split()[0] for line in done.out.splitlines() if not line.startswith(" ")]
+    assert len(starts) == len(probes.PROBES)
+    assert set(starts) <= {"ok", "warn", "fail"}
+
+
+def test_colour_is_for_terminals_without_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal gets colour; under NO_COLOR it does not."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\033[" in gatekeeper("doctor", terminal=True).out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033[" not in gatekeeper("doctor", terminal=True).out
+
+
+@pytest.mark.needs_root
+@pytest.mark.needs("setpriv")
+def test_without_privileges_only_high_ports_are_promised() -> None:
+    """An ordinary user is told from which port on it may listen, and what to do about the others."""
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+    code = (
+        "import sys; from gatekeeper.cli.main import main;"
+        "sys.exit(main(['doctor', '--json'], sys.stdin, sys.stdout, sys.stderr))"
+    )
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=50,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    ports = next(finding for finding in json.loads(done.stdout)["findings"] if finding["check"] == "ports")
+    with open("/proc/sys/net/ipv4/ip_unprivileged_port_start", encoding="ascii") as setting:
+        first = int(setting.read())
+    if first > 1:
+        assert (ports["state"], str(first) in ports["found"]) == ("warn", True)
+        assert "CAP_NET_BIND_SERVICE" in ports["fix"]
