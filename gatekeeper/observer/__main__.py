@@ -1,0 +1,90 @@
+"""The observer process: ``python -m gatekeeper.observer --channel FD``, started by the supervisor.
+
+It reads counters and events and serves HTTP. It holds nothing that the data path needs: if it is attacked, hangs or
+dies, no connection notices, and its successor learns everything anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import signal
+import socket
+import sys
+from typing import Any
+
+from gatekeeper.errors import ChannelClosed
+from gatekeeper.kernel import privileges
+from gatekeeper.kernel.channel import Channel
+from gatekeeper.observer.audit import Renderer
+from gatekeeper.observer.collector import make_registry
+from gatekeeper.observer.feed import Control, Events, open_sink
+from gatekeeper.observer.say import say, take_over_logging
+from gatekeeper.observer.sink import Sink
+from gatekeeper.observer.state import Service
+from gatekeeper.observer.web import make_app, serve
+
+PATIENCE_S = 3.0  # with an audit log that does not take the last lines; the supervisor kills after 5
+
+
+def main(argv: list[str]) -> int:
+    """Run until the supervisor is gone."""
+    parser = argparse.ArgumentParser(prog="python -m gatekeeper.observer", description=__doc__)
+    parser.add_argument("--channel", type=int, required=True, metavar="FD", help="our end of the control channel")
+    channel = Channel(socket.socket(fileno=parser.parse_args(argv).channel))
+    try:
+        start, fds = channel.receive()
+    except ChannelClosed:
+        return 0
+    if start.get("op") != "start":
+        say(f"the first message must be start, not {start.get('op')!r}")
+        return 2
+    privileges.drop(start["uid"], start["gid"], start["groups"], start["supervisor_pid"])
+    take_over_logging()
+    gc.freeze()
+    asyncio.run(_run(channel, start, fds))
+    return 0
+
+
+async def _run(channel: Channel, start: dict[str, Any], fds: list[int]) -> None:
+    loop = asyncio.get_running_loop()
+    service = Service(workers=start["workers"])
+    sink = open_sink(start["audit"], fds)  # its thread starts here: after the privileges went
+    listening = socket.socket(fileno=fds.pop(0)) if start["metrics"] else None
+    renderer = Renderer()
+    events = Events([socket.socket(fileno=fd) for fd in fds], renderer, sink)
+    control = Control(channel, service, renderer, sink)
+    renderer.catch_up, control.before_event = control.catch_up, events.read_all
+    control.watch(loop)
+    events.watch(loop)
+    loop.add_signal_handler(signal.SIGTERM, control.ended.set)
+    channel.send({"op": "ready"})
+
+    def lost() -> list[tuple[str, int]]:
+        return [("audit", sink.lost if sink is not None else 0), ("malformed", renderer.malformed)]
+
+    # A scrape in the first moments would see counters that are smaller than what a predecessor has shown.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(control.told.wait(), 5.0)
+    if listening is not None:
+        server = loop.create_task(serve(make_app(service, make_registry(service, lost), lost), listening))
+        server.add_done_callback(lambda _task: control.ended.set())
+        await control.ended.wait()
+        if server.done() and not server.cancelled() and server.exception() is not None:
+            raise RuntimeError("the HTTP server ended") from server.exception()
+        server.cancel()
+    await control.ended.wait()
+    _finish(events, sink)
+
+
+def _finish(events: Events, sink: Sink | None) -> None:
+    """Write what was reported to the end, as far as the audit log takes it."""
+    events.read_all()
+    if sink is not None and not sink.close(PATIENCE_S):
+        say("the audit log did not take the last lines")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

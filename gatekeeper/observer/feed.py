@@ -1,0 +1,153 @@
+"""What comes in: the workers' event sockets and the supervisor's control channel, read inside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gatekeeper.errors import ChannelClosed, SnapshotError
+from gatekeeper.kernel.channel import Channel
+from gatekeeper.observer.audit import MAX_MESSAGE_BYTES, Renderer, service_event
+from gatekeeper.observer.say import say
+from gatekeeper.observer.sink import FileTarget, JournalTarget, Sink
+from gatekeeper.observer.state import NotCounters, Service
+
+MESSAGES_A_TURN = 8  # of one worker: 2,048 records, a few milliseconds
+
+
+class Events:
+    """The workers' event sockets. Owns them. Without a sink, records are read and forgotten."""
+
+    def __init__(self, sockets: Sequence[socket.socket], renderer: Renderer, sink: Sink | None) -> None:
+        self._sockets = list(sockets)
+        self._renderer = renderer
+        self._sink = sink
+        # One byte more than a message may have, so that a longer one is told from a full one.
+        self._buffer = memoryview(bytearray(MAX_MESSAGE_BYTES + 1))
+        self._rendering = False
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read whenever something arrives."""
+        for sock in self._sockets:
+            sock.setblocking(False)
+            loop.add_reader(sock.fileno(), self._ready, loop, sock)
+
+    def read_all(self) -> None:
+        """Read what has arrived so far; bounded, because a worker may go on writing."""
+        if self._rendering:
+            return  # a record made us look at the control channel, and that made us look here
+        for sock in self._sockets:
+            for _ in range(64):
+                if not self._read(sock):
+                    break
+
+    def _ready(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+        for _ in range(MESSAGES_A_TURN):
+            if not self._read(sock):
+                if _hung_up(sock):
+                    loop.remove_reader(sock.fileno())
+                return
+
+    def _read(self, sock: socket.socket) -> bool:
+        """Read one message; say whether there was one."""
+        try:
+            length = sock.recv_into(self._buffer)
+        except BlockingIOError:
+            return False
+        except OSError as err:
+            say(f"the events of a worker cannot be read: {err}")
+            return False
+        if length == 0:
+            # The end, or a message without content, which no honest worker sends.
+            if _hung_up(sock):
+                return False
+            self._renderer.malformed += 1
+            return True
+        self._rendering = True
+        try:
+            lines = self._renderer.render(self._buffer[:length])
+        finally:
+            self._rendering = False
+        if lines and self._sink is not None:
+            self._sink.put(lines)
+        return True
+
+
+class Control:
+    """The supervisor's channel. Owns it. `ended` is set when the supervisor is gone, `told` once it has said all."""
+
+    def __init__(self, channel: Channel, service: Service, renderer: Renderer, sink: Sink | None) -> None:
+        self.ended = asyncio.Event()
+        self.told = asyncio.Event()
+        self.before_event: Callable[[], None] = lambda: None
+        self._channel = channel
+        self._service = service
+        self._renderer = renderer
+        self._sink = sink
+        channel.sock.setblocking(False)
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read whenever something arrives."""
+        loop.add_reader(self._channel.fileno(), self.catch_up)
+
+    def catch_up(self) -> None:
+        """Act on every message that has arrived."""
+        while not self.ended.is_set():
+            try:
+                message, fds = self._channel.receive()
+            except BlockingIOError:
+                return
+            except ChannelClosed:
+                self.ended.set()
+                return
+            except ValueError as err:
+                say(f"unreadable message of the supervisor: {err}")
+                continue
+            try:
+                self._act(message, fds)
+            except (NotCounters, SnapshotError, KeyError, TypeError, IndexError) as err:
+                say(f"message {message.get('op')!r} of the supervisor cannot be used: {err!r}")
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _act(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Act on one message; descriptors that are left in ``fds`` are closed by the caller."""
+        match message.get("op"):
+            case "counters":
+                self._service.map_counters(message["worker"], fds[0])
+            case "policy":
+                self._service.adopt(message["generation"], fds[0], fds[1])
+                self._renderer.rename(self._service.bindings)
+            case "state":
+                self._service.state = message["state"]
+                self.told.set()
+            case "event":
+                self.before_event()  # what workers reported earlier comes first
+                if self._sink is not None:
+                    self._sink.put([service_event(message["event"], time.time())])
+            case "audit":
+                if self._sink is not None:
+                    self._sink.swap(FileTarget(fds[0]))
+                    del fds[0]
+            case other:
+                say(f"unknown message of the supervisor: {other!r}")
+
+
+def open_sink(kind: str, fds: list[int]) -> Sink | None:
+    """Return the audit log of the start message, taking its descriptor from ``fds``; ``None`` when it is off."""
+    if kind == "off":
+        return None
+    fd = fds.pop(0)
+    return Sink(JournalTarget(fd) if kind == "journald" else FileTarget(fd))
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
