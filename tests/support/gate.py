@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from tests.support.wait import until
 
 ROOT = Path(__file__).parents[2]
 START_S = 30.0
+HURRY_S = 0.5
 
 
 class Gate(Process):
@@ -115,8 +117,14 @@ class Gate(Process):
         return self.audit("reload")[-1]
 
     def stop(self) -> int:
-        """End it; anything it printed as a traceback fails the test. Its children must be gone afterwards."""
+        """End it, without patience for live sessions. A traceback in its output or a child that stays fails the test."""
         offspring = children(self.pid)
+        if self.exit_code() is None:
+            self.signal(signal.SIGTERM)
+            try:
+                self.wait(HURRY_S)
+            except subprocess.TimeoutExpired:  # sessions are live: `Process.stop` signals again, which ends them
+                pass
         code = super().stop()
         self._notify.close()
         for pid in offspring:

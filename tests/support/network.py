@@ -99,7 +99,7 @@ class RemoteNetwork:
         assert self._inside is not None
         return self._inside.submit(work, *arguments).result(60)
 
-    def socket(self, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
+    def make_socket(self, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
         """Return a new socket of the client namespace."""
         return self.inside(socket.socket, family, kind)
 
@@ -115,7 +115,7 @@ class RemoteNetwork:
             if name in names:
                 _ip(f"netns del {name}")
         # Its veth goes with a namespace, but only once the kernel gets to it.
-        if os.path.exists(f"/sys/class/net/{self._link}"):  # noqa: PTH110
+        if os.path.exists(f"/sys/class/net/{self._link}"):
             subprocess.run([need.program("ip"), "link", "del", self._link], capture_output=True, check=False)
 
 

@@ -17,7 +17,7 @@ def block() -> int:
 
     It is held by a socket with an abstract name, which the kernel gives back however the process ends.
     """
-    global _claim, _block  # noqa: PLW0603 - the claim is the process's own
+    global _claim, _block
     if _claim is None:
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         for number in range(BLOCKS):

@@ -103,7 +103,7 @@ Subsystem sftp internal-sftp
 class Dnsmasq(Process):
     """Answers ``gate.test A 192.0.2.7`` and a TXT record of ``LONG_TXT`` that does not fit into a small datagram."""
 
-    LONG_TXT = [f"{number:03d}" + "x" * 240 for number in range(3)]
+    LONG_TXT = tuple(f"{number:03d}" + "x" * 240 for number in range(3))
 
     def __init__(self, folder: Path) -> None:
         self.port = free_port()

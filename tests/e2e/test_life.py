@@ -1,0 +1,299 @@
+"""The life of the service: changed while it runs, its processes killed, stopped with sessions open."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support.backends import TcpBackend, UdpBackend
+from tests.support.clients import Sources, ask, close_all
+from tests.support.gate import ROOT, Gate
+from tests.support.load import Load
+from tests.support.ports import free_port
+from tests.support.process import is_running
+from tests.support.wait import until
+
+SOURCES = [f"127.0.{number}.1" for number in range(1, 40)]
+
+
+@pytest.fixture
+def backend() -> Iterator[TcpBackend]:
+    """An echo backend."""
+    with TcpBackend() as serving:
+        yield serving
+
+
+def policy(ports: list[int], backend: TcpBackend, rules: str, extra: str = "") -> str:
+    """Return a policy with one listener for each port, named web0, web1, ..."""
+    listeners = "".join(
+        f"  - {{name: web{index}, listen: '127.0.0.1:{port}', backend: '{backend.address}'}}\n"
+        for index, port in enumerate(ports)
+    )
+    return f"listeners:\n{listeners}{extra}default: deny\nrules:\n{rules}"
+
+
+EVERYBODY = "  - {name: everybody, action: allow}\n"
+NOT_NINE = "  - {name: nine, action: deny, from: 127.9.0.0/16}\n" + EVERYBODY
+
+
+def is_refused(source: str, port: int) -> bool:
+    """Whether a new connection is reset without an answer."""
+    try:
+        with Sources().connect(source, "127.0.0.1", port) as client:
+            return ask(client) == b""
+    except (ConnectionResetError, BrokenPipeError):
+        return True
+
+
+def nobody_listens(port: int) -> bool:
+    """Whether the kernel itself refuses connections."""
+    with socket.socket() as client:
+        client.settimeout(5)
+        return client.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_reload_under_load_changes_verdicts_and_ends_no_session(
+    run_gate: Callable[..., Gate], backend: TcpBackend, workers: int
+) -> None:
+    """While short sessions stream through and long ones stay open, reloads change verdicts, add and remove listeners."""
+    first, second = free_port(), free_port()
+    with UdpBackend() as udp, ExitStack() as ends:
+        dns = f"  - {{name: dns, protocol: udp, listen: '127.0.0.1:{first}', backend: '{udp.address}'}}\n"
+        gate = run_gate(policy([first], backend, EVERYBODY, dns), workers=workers)
+        pids = gate.worker_pids()
+        long_lived = [Sources().connect(source, "127.0.0.1", first) for source in [*SOURCES[:10], "127.9.0.1"]]
+        ends.callback(close_all, long_lived)
+        flow = ends.enter_context(Sources().make("127.0.0.1", socket.SOCK_DGRAM))
+        flow.connect(("127.0.0.1", first))
+        assert ask(flow) == b"are you there?"
+        load = ends.enter_context(Load("127.0.0.1", first, SOURCES))
+        load.wait_for_more()
+        assert nobody_listens(second)
+
+        assert gate.reload(policy([first, second], backend, NOT_NINE, dns))["successful"] is True
+        assert is_refused("127.9.0.9", first)
+        assert is_refused("127.9.0.9", second)
+        with Sources().connect("127.0.0.1", "127.0.0.1", second) as added:
+            assert ask(added) == b"are you there?"
+            load.wait_for_more()
+
+            assert gate.reload(policy([first], backend, EVERYBODY, dns))["successful"] is True
+            until(lambda: nobody_listens(second), "the removed listener is closed")
+            assert ask(added) == b"are you there?"  # the listener has gone, its session has not
+        assert not is_refused("127.9.0.9", first)
+        load.wait_for_more()
+
+        for session in long_lived:
+            assert ask(session) == b"are you there?"
+        assert ask(flow) == b"are you there?"
+        assert len(udp.senders) == 1
+        assert load.failures == []
+        assert gate.worker_pids() == pids
+
+
+def test_a_broken_file_changes_nothing_and_says_why(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:
+    """Broken YAML, an unknown key, a failing test, a taken port and a missing file each leave the old policy in force."""
+    port = free_port()
+    good = policy([port], backend, NOT_NINE)
+    gate = run_gate(good)
+    with socket.create_server(("127.0.0.1", free_port())) as taken, Load("127.0.0.1", port, SOURCES) as load:
+        broken = {
+            "yaml": "listeners: [",
+            "key": good + "colour: blue\n",
+            "test": good + "tests:\n  - {from: 127.9.0.1, to: web0, expect: allow}\n",
+            "port": policy([port, taken.getsockname()[1]], backend, EVERYBODY),
+            "default": good.replace("default: deny\n", ""),
+        }
+        for what, text in broken.items():
+            event = gate.reload(text)
+            assert event["successful"] is False, what
+            assert event["error"], what
+            gate.wait_for_value(0, "gatekeeper_config_last_reload_successful")
+            assert is_refused("127.9.0.9", port), what
+            load.wait_for_more(10)
+        gate.rules_path.unlink()
+        before = len(gate.audit("reload"))
+        gate.signal(signal.SIGHUP)
+        until(lambda: len(gate.audit("reload")) > before, "the missing file is reported")
+        assert gate.audit("reload")[-1]["successful"] is False
+        for text in ("rules.yaml:", "colour", str(taken.getsockname()[1])):
+            assert text in gate.output()
+        load.wait_for_more(10)
+        assert gate.reload(policy([port], backend, EVERYBODY))["successful"] is True
+        gate.wait_for_value(1, "gatekeeper_config_last_reload_successful")
+        assert not is_refused("127.9.0.9", port)
+        assert load.failures == []
+
+
+def test_counters_survive_reloads(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:
+    """A rule that goes and comes back goes on counting where it was, whatever its place in the file."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, NOT_NINE))
+    expected: Counter[tuple[str, str, str, str]] = Counter()
+    for rules in (NOT_NINE, EVERYBODY, "  - {name: new, action: drop, from: 127.8.0.0/16}\n" + NOT_NINE, NOT_NINE):
+        assert gate.reload(policy([port], backend, rules))["successful"]
+        for source in ("127.0.0.1", "127.9.0.1"):
+            refused = is_refused(source, port)
+            assert refused == (source == "127.9.0.1" and rules != EVERYBODY)
+            expected["web0", "deny" if refused else "allow", "nine" if refused else "everybody", "rule"] += 1
+        gate.wait_for_verdicts(expected)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_is_replaced_and_nobody_is_refused(
+    run_gate: Callable[..., Gate], backend: TcpBackend, workers: int
+) -> None:
+    """A worker killed with -9 costs its own sessions; whoever connects meanwhile waits in the queue and is served."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, EVERYBODY), workers=workers)
+    for _ in range(2):
+        with ExitStack() as ends:
+            victim, *others = gate.worker_pids()
+            old = [Sources().connect(source, "127.0.0.1", port) for source in SOURCES]
+            ends.callback(close_all, old)
+            assert [ask(client) for client in old] == [b"are you there?"] * len(old)
+            sessions = gate.scrape().value("gatekeeper_sessions")
+            assert sessions == len(old)
+            judged = gate.scrape().value("gatekeeper_connections_total")
+            subprocess.run(["kill", "-9", str(victim)], check=True)
+            new = [Sources().connect(source, "127.0.0.1", port) for source in SOURCES]
+            ends.callback(close_all, new)
+            for client in new:
+                assert ask(client) == b"are you there?"
+            survivors = [client for client in old if is_alive(client)]
+            assert len(survivors) < len(old)
+            assert bool(survivors) == bool(others)
+            until(lambda: len(gate.worker_pids()) == workers, "the successor is there")
+            assert victim not in gate.worker_pids()
+            assert set(others) <= set(gate.worker_pids())
+            gate.wait_for_value(judged + len(new), "gatekeeper_connections_total")
+            gate.wait_for_value(len(survivors) + len(new), "gatekeeper_sessions")
+        gate.wait_for_value(0, "gatekeeper_sessions")
+    gate.wait_for_value(2, "gatekeeper_worker_restarts_total")
+    assert len(gate.wait_for_audit(2, "worker_restart")) == 2
+
+
+def is_alive(client: socket.socket) -> bool:
+    """Whether an echo session still works."""
+    try:
+        return ask(client) == b"are you there?"
+    except OSError:
+        return False
+
+
+def test_a_killed_observer_is_replaced_and_the_data_path_does_not_notice(
+    run_gate: Callable[..., Gate], backend: TcpBackend
+) -> None:
+    """After kill -9 of the observer, sessions go on, and the successor's counters go on where they were."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, EVERYBODY))
+    with Load("127.0.0.1", port, SOURCES) as load:
+        load.wait_for_more()
+        before = gate.scrape().value("gatekeeper_connections_total")
+        old = gate.observer_pid()
+        subprocess.run(["kill", "-9", str(old)], check=True)
+        load.wait_for_more()
+        until(lambda: not is_running(old) and gate_answers(gate), "the successor answers")
+        load.wait_for_more(10)
+    assert load.failures == []
+    assert gate.scrape().value("gatekeeper_connections_total") > before
+
+
+def gate_answers(gate: Gate) -> bool:
+    """Whether /metrics is served."""
+    try:
+        return gate.get("/metrics")[0] == 200
+    except OSError:
+        return False
+
+
+def test_nothing_outlives_a_killed_supervisor(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:
+    """After kill -9 of the supervisor no worker, observer or listening port is left."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, EVERYBODY), workers=2)
+    offspring = [*gate.worker_pids(), gate.observer_pid()]
+    assert len(offspring) == 3
+    with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
+        assert ask(client) == b"are you there?"
+        gate.signal(signal.SIGKILL)
+        until(lambda: not any(is_running(pid) for pid in offspring), "all processes are gone")
+        assert nobody_listens(port)
+        assert nobody_listens(gate.metrics_port)
+
+
+def test_draining_lets_live_sessions_finish(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:
+    """After SIGTERM nobody new gets in, a live session goes on to its end, and then the gate exits with 0."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, EVERYBODY), workers=2)
+    with ExitStack() as ends:
+        clients = [ends.enter_context(Sources().connect(source, "127.0.0.1", port)) for source in SOURCES[:8]]
+        for client in clients:
+            assert ask(client) == b"are you there?"
+        assert gate.get("/readyz")[0] == 200
+        gate.signal(signal.SIGTERM)
+        gate.wait_notified("STOPPING=1")
+        until(lambda: nobody_listens(port), "newcomers are refused by the kernel")
+        assert gate.get("/readyz")[0] == 503
+        for client in clients:
+            assert ask(client) == b"are you there?"
+        for client in clients[1:]:
+            client.close()
+        assert ask(clients[0], b"x" * 300_000) == b"x" * 300_000
+        assert gate.exit_code() is None
+    assert gate.wait() == 0
+    ends_told = Counter(event["gatekeeper"]["end"] for event in gate.audit("connection"))
+    assert ends_told == {"finished": len(clients)}
+
+
+def test_a_second_signal_ends_the_draining(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:
+    """Whoever asks twice need not wait for sessions that do not end."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, EVERYBODY))
+    with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
+        assert ask(client) == b"are you there?"
+        gate.signal(signal.SIGTERM)
+        gate.wait_notified("STOPPING=1")
+        gate.signal(signal.SIGTERM)
+        assert gate.wait() == 0
+
+
+def test_a_second_gate_on_the_same_address_is_an_error_that_names_the_owner(
+    run_gate: Callable[..., Gate], backend: TcpBackend, folder: Path
+) -> None:
+    """Two gates never share a port: the second exits with 3 and says who has it, and the first does not notice."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, EVERYBODY), workers=2)
+    second = folder / "second.yaml"
+    second.write_text(f"version: 1\nworkers: 2\nmetrics: off\naudit: off\n{policy([port], backend, EVERYBODY)}")
+    done = subprocess.run(
+        [sys.executable, "-m", "gatekeeper", "run", str(second)], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 3, done
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert str(gate.pid) in done.stderr
+    with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
+        assert ask(client) == b"are you there?"
+
+
+def test_a_gate_that_cannot_start_says_so_and_leaves_nothing(folder: Path) -> None:
+    """A broken rule file at start is exit code 1 with its position; a missing one is exit code 3."""
+    broken = folder / "broken.yaml"
+    broken.write_text("version: 1\nlisteners: []\ndefault: perhaps\n")
+    for path, code, told in ((broken, 1, f"{broken}:3:10"), (folder / "missing.yaml", 3, "missing.yaml")):
+        done = subprocess.run(
+            [sys.executable, "-m", "gatekeeper", "run", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert done.returncode == code, done
+        assert told in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr

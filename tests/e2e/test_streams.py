@@ -1,0 +1,283 @@
+"""What the gate carries is what was sent: bytes, ends, resets, in both directions and through every kind of socket."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.backends import TcpBackend, banner, read_to_end, reset
+from tests.support.clients import PATIENCE_S, Sources, ask, send_and_end
+from tests.support.gate import Gate
+from tests.support.ports import free_port, free_ports
+
+TRANSFERS, AT_ONCE = 2000, 16
+BIG = 1 << 20
+
+
+def open_policy(listen: str, backend: str, more: str = "") -> str:
+    """Return a policy that lets everybody in at one TCP listener."""
+    return f"listeners:\n  - {{name: door, listen: '{listen}', backend: '{backend}'{more}}}\ndefault: allow\n"
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """A listening socket of which the test itself accepts the connections."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
+        listening.settimeout(PATIENCE_S)
+        yield listening
+
+
+class Pair:
+    """A client and the backend's end of its session, through a gate."""
+
+    def __init__(self, port: int, server: socket.socket) -> None:
+        self.client = Sources().connect("127.0.0.1", "127.0.0.1", port)
+        self.backend, _peer = server.accept()
+        self.backend.settimeout(PATIENCE_S)
+
+    def ends(self, backend_first: bool) -> tuple[socket.socket, socket.socket]:
+        """Return (this end, the other end)."""
+        return (self.backend, self.client) if backend_first else (self.client, self.backend)
+
+    def close(self) -> None:
+        self.client.close()
+        self.backend.close()
+
+
+@pytest.fixture
+def pair(run_gate: Callable[..., Gate], server: socket.socket) -> Iterator[Pair]:
+    """One session through a gate of its own; it ends before the gate does."""
+    port = free_port()
+    run_gate(open_policy(f"127.0.0.1:{port}", f"127.0.0.1:{server.getsockname()[1]}"))
+    made = Pair(port, server)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("backend_first", [False, True], ids=["client", "backend"])
+@pytest.mark.parametrize("size", [0, 1, BIG])
+def test_half_close_leaves_the_other_direction_open(pair: Pair, backend_first: bool, size: int) -> None:
+    """Whoever ends first can still be answered: its FIN arrives after its data, and the answer comes back whole."""
+    first, second = pair.ends(backend_first)
+    data = random.Random(size).randbytes(size)
+    sender = threading.Thread(target=send_and_end, args=(first, data))
+    sender.start()
+    assert read_to_end(second) == data
+    sender.join()
+    for _ in range(3):  # the open direction goes on working, message by message
+        second.sendall(b"still here")
+        assert first.recv(100) == b"still here"
+    answer = data[::-1] + b"done"
+    replier = threading.Thread(target=send_and_end, args=(second, answer))
+    replier.start()
+    assert read_to_end(first) == answer
+    replier.join()
+
+
+@pytest.mark.parametrize("backend_first", [False, True], ids=["client", "backend"])
+@pytest.mark.parametrize("size", [0, 1, BIG])
+def test_a_reset_arrives_as_a_reset_after_the_data(pair: Pair, backend_first: bool, size: int) -> None:
+    """Data that was received before a reset is delivered, and then the other side is reset, never cleanly ended."""
+    first, second = pair.ends(backend_first)
+    data = random.Random(size).randbytes(size)
+    received = bytearray()
+
+    def read() -> None:
+        while len(received) < size:
+            received.extend(second.recv(1 << 16))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    first.sendall(data)
+    reader.join(PATIENCE_S)
+    assert bytes(received) == data
+    reset(first)
+    with pytest.raises(ConnectionResetError):
+        second.recv(1)
+
+
+def test_a_server_that_speaks_first_is_heard(run_gate: Callable[..., Gate]) -> None:
+    """A banner reaches a client that has not said a word."""
+    port = free_port()
+    with TcpBackend(banner) as backend:
+        run_gate(open_policy(f"127.0.0.1:{port}", backend.address))
+        with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
+            assert client.recv(100) == b"hello, who is there?\r\n"
+            assert ask(client) == b"are you there?"
+
+
+def test_an_ipv6_listener_before_an_ipv4_backend_and_the_other_way(run_gate: Callable[..., Gate]) -> None:
+    """The two sides of a session need not speak the same version of IP."""
+    ports = [free_port(), free_port()]
+    with TcpBackend() as four, TcpBackend(host="::1") as six:
+        run_gate(f"""
+listeners:
+  - {{name: six-to-four, listen: "[::1]:{ports[0]}", backend: "{four.address}"}}
+  - {{name: four-to-six, listen: "127.0.0.1:{ports[1]}", backend: "{six.address}"}}
+default: deny
+rules:
+  - {{name: loopback, action: allow, from: ["::1", 127.0.0.1]}}
+""")
+        for source, port in (("::1", ports[0]), ("127.0.0.1", ports[1])):
+            with Sources().connect(source, source, port) as client:
+                assert ask(client) == b"are you there?"
+
+
+def test_unix_listener_and_unix_backend(run_gate: Callable[..., Gate], folder: Path) -> None:
+    """A unix socket can be guarded and can stand behind; peers without an address match only rules for anyone."""
+    port, path, path_named = free_port(), folder / "door.sock", folder / "named.sock"
+    with TcpBackend(path=folder / "backend.sock") as backend:
+        gate = run_gate(f"""
+listeners:
+  - {{name: to-unix, listen: "127.0.0.1:{port}", backend: "{backend.address}"}}
+  - {{name: from-unix, listen: "unix:{path}", backend: "{backend.address}"}}
+  - {{name: closed, listen: "unix:{path_named}", backend: "{backend.address}"}}
+default: deny
+rules:
+  - {{name: every-address, action: allow, from: [0.0.0.0/0, "::/0"]}}
+  - {{name: anyone, action: allow, to: from-unix}}
+""")
+        with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
+            assert ask(client) == b"are you there?"
+        with socket.socket(socket.AF_UNIX) as local:
+            local.settimeout(PATIENCE_S)
+            local.connect(str(path))
+            local.sendall(b"x" * BIG)
+            local.shutdown(socket.SHUT_WR)
+            assert len(read_to_end(local)) == BIG
+        with socket.socket(socket.AF_UNIX) as local:
+            local.settimeout(PATIENCE_S)
+            local.connect(str(path_named))
+            try:
+                assert local.recv(1) == b""  # a unix socket may know no reset
+            except ConnectionResetError:
+                pass
+        assert gate.scrape().verdicts() == {
+            ("to-unix", "allow", "every-address", "rule"): 1,
+            ("from-unix", "allow", "anyone", "rule"): 1,
+            ("closed", "deny", "", "default"): 1,
+        }
+        assert backend.connections == 2
+
+
+def test_a_port_range_keeps_the_port(run_gate: Callable[..., Gate]) -> None:
+    """A backend without a port gets each connection at the port the client asked for."""
+    first = free_ports(3)
+    servers = [socket.create_server(("127.0.0.5", first + offset)) for offset in range(3)]
+    try:
+        run_gate(open_policy(f"127.0.0.1:{first}-{first + 2}", "127.0.0.5"))
+        for offset, server in enumerate(servers):
+            server.settimeout(PATIENCE_S)
+            with Sources().connect("127.0.0.1", "127.0.0.1", first + offset) as client:
+                accepted, _peer = server.accept()
+                with accepted:
+                    client.sendall(b"to you")
+                    assert accepted.recv(100) == b"to you"
+    finally:
+        for server in servers:
+            server.close()
+
+
+def test_bytes_are_counted_as_sent(run_gate: Callable[..., Gate], server: socket.socket) -> None:
+    """What the client and the backend sent is what the counters and the audit log say, to the byte, long or short."""
+    port = free_port()
+    gate = run_gate(open_policy(f"127.0.0.1:{port}", f"127.0.0.1:{server.getsockname()[1]}"), workers=2)
+    sizes = [(0, 0), (1, 0), (0, 1), (7, 1_000_003), (1_000_003, 7), (3_000_017, 2_500_013)]
+    for to_backend, to_client in sizes:
+        session = Pair(port, server)
+        with ThreadPoolExecutor(4) as both_ways:
+            both_ways.submit(send_and_end, session.client, b"y" * to_backend)
+            both_ways.submit(send_and_end, session.backend, b"z" * to_client)
+            at_backend = both_ways.submit(read_to_end, session.backend)
+            at_client = both_ways.submit(read_to_end, session.client)
+            assert len(at_backend.result(PATIENCE_S)) == to_backend
+            assert len(at_client.result(PATIENCE_S)) == to_client
+        session.close()
+    events = gate.wait_for_audit(len(sizes), "connection")
+    told = sorted((event["gatekeeper"]["bytes_in"], event["gatekeeper"]["bytes_out"]) for event in events)
+    assert told == sorted(sizes)
+    for direction, index in (("in", 0), ("out", 1)):
+        total = sum(size[index] for size in sizes)
+        gate.wait_for_value(total, "gatekeeper_session_bytes_total", listener="door", direction=direction)
+    gate.wait_for_value(0, "gatekeeper_sessions", listener="door")
+    assert {event["gatekeeper"]["end"] for event in events} == {"finished"}
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.slow
+def test_two_thousand_transfers_arrive_intact(run_gate: Callable[..., Gate]) -> None:
+    """2,000 sessions, 16 at a time, 1 B to 512 KiB each way at once in odd pieces: every byte arrives in its place."""
+    port = free_port()
+
+    def trade(connection: socket.socket) -> None:
+        """Read a seed, then send what it says while reading what the client sends; answer with its digest."""
+        seed = connection.recv(8, socket.MSG_WAITALL)
+        sender = threading.Thread(target=send_in_pieces, args=(connection, seed + b"backend"))
+        sender.start()
+        digest = hashlib.sha256(read_exactly(connection, seed + b"client")).digest()
+        sender.join()
+        connection.sendall(digest)
+        connection.shutdown(socket.SHUT_WR)
+        read_to_end(connection)
+
+    def transfer(number: int) -> None:
+        seed = number.to_bytes(8, "big")
+        with Sources().connect(f"127.0.{number % 200}.{number % 250 + 1}", "127.0.0.1", port) as client:
+            client.sendall(seed)
+            sender = threading.Thread(target=send_in_pieces, args=(client, seed + b"client"))
+            sender.start()
+            got = read_exactly(client, seed + b"backend")
+            sender.join()
+            client.shutdown(socket.SHUT_WR)
+            digest = read_to_end(client)
+        assert got == content(seed + b"backend"), number
+        assert digest == hashlib.sha256(content(seed + b"client")).digest(), number
+
+    with TcpBackend(trade) as backend:
+        gate = run_gate(open_policy(f"127.0.0.1:{port}", backend.address), workers=2)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(transfer, range(TRANSFERS)))
+        gate.wait_for_value(0, "gatekeeper_sessions", listener="door")
+        scrape = gate.scrape()
+        assert scrape.value("gatekeeper_connections_total", action="allow") == TRANSFERS == backend.connections
+        sent = [sum(content_size(n.to_bytes(8, "big") + who) for n in range(TRANSFERS)) for who in (b"client", b"backend")]
+        bytes_total = "gatekeeper_session_bytes_total"
+        assert scrape.value(bytes_total, direction="in") == sent[0] + 8 * TRANSFERS
+        assert scrape.value(bytes_total, direction="out") == sent[1] + 32 * TRANSFERS
+
+
+def content_size(seed: bytes) -> int:
+    """Return how much is sent for a seed: as often a few bytes as half a megabyte."""
+    return int(2 ** random.Random(seed).uniform(0, 19))
+
+
+def content(seed: bytes) -> bytes:
+    """Return what is sent for a seed."""
+    return random.Random(seed + b"content").randbytes(content_size(seed))
+
+
+def send_in_pieces(connection: socket.socket, seed: bytes) -> None:
+    """Send the content of a seed in pieces of odd sizes."""
+    data, choose, at = memoryview(content(seed)), random.Random(seed + b"pieces"), 0
+    while at < len(data):
+        size = int(2 ** choose.uniform(0, 17))
+        connection.sendall(data[at : at + size])
+        at += size
+
+
+def read_exactly(connection: socket.socket, seed: bytes) -> bytes:
+    """Read as much as is sent for a seed."""
+    size, parts = content_size(seed), []
+    while size:
+        part = connection.recv(min(size, 1 << 16))
+        assert part, f"the stream ended {size} bytes early"
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,92 @@
+"""Without any privilege the gate does everything but listen below port 1024."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.backends import TcpBackend, UdpBackend
+from tests.support.clients import Sources, ask
+from tests.support.gate import Gate
+from tests.support.plain_user import PlainUser, plain_user
+from tests.support.ports import free_port
+from tests.support.wait import until
+
+
+@pytest.fixture
+def user(folder: Path) -> PlainUser:
+    """An ordinary user."""
+    return plain_user(folder)
+
+
+@pytest.mark.timeout(120)
+def test_an_unprivileged_user_gets_everything(run_gate: Callable[..., Gate], folder: Path, user: PlainUser) -> None:
+    """As an ordinary user: TCP, UDP and unix listeners, two workers, steering, reload, metrics, audit, worker restart."""
+    home = folder / "home"
+    home.mkdir()
+    user.own(home)
+    port = free_port()
+    with TcpBackend() as backend, UdpBackend() as udp:
+        text = f"""
+listeners:
+  - {{name: web, listen: ["127.0.0.1:{port}", "[::1]:{port}", "unix:{home}/door.sock"], backend: "{backend.address}"}}
+  - {{name: dns, protocol: udp, listen: ["*:{port}"], backend: "{udp.address}"}}
+default: deny
+rules:
+  - {{name: nine, action: drop, from: 127.9.0.0/16}}
+  - {{name: others, action: allow}}
+"""
+        gate = run_gate(text, folder=home, workers=2, prefix=user.prefix, python=user.python, env=user.env)
+        for pid in [gate.pid, *gate.worker_pids(), gate.observer_pid()]:
+            status = Path(f"/proc/{pid}/status").read_text()
+            assert "CapEff:\t0000000000000000" in status
+        for source, host in (("127.0.0.1", "127.0.0.1"), ("127.5.0.1", "127.0.0.1"), ("::1", "::1")):
+            with Sources().connect(source, host, port) as client, Sources().make(source, socket.SOCK_DGRAM) as datagrams:
+                assert ask(client) == b"are you there?"
+                datagrams.connect((host, port))
+                assert ask(datagrams) == b"are you there?"
+        with socket.socket(socket.AF_UNIX) as local:
+            local.settimeout(10)
+            local.connect(f"{home}/door.sock")
+            assert ask(local) == b"are you there?"
+        with Sources().connect("127.9.0.1", "127.0.0.1", port) as refused, pytest.raises(ConnectionResetError):
+            refused.recv(1)
+        victim = gate.worker_pids()[0]
+        subprocess.run(["kill", "-9", str(victim)], check=True)
+        until(lambda: len(gate.worker_pids()) == 2 and victim not in gate.worker_pids(), "a new worker is there")
+        assert gate.reload(text.replace("127.9.0.0/16", "127.8.0.0/16"))["successful"] is True
+        for number in range(20):
+            with Sources().connect(f"127.9.{number}.1", "127.0.0.1", port) as client:
+                assert ask(client) == b"are you there?"
+        gate.wait_for_value(1, "gatekeeper_connections_total", rule="nine", action="drop")
+        gate.wait_for_audit(20, "connection")
+        gate.signal(signal.SIGTERM)
+        gate.wait_notified("STOPPING=1")
+
+
+def test_a_port_below_1024_is_refused_with_the_reason(folder: Path, user: PlainUser) -> None:
+    """Without the privilege a low port is exit code 3, and the message says what is missing."""
+    if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) < 1024:
+        pytest.skip("this host lets everybody listen below port 1024")
+    rules = folder / "rules.yaml"
+    rules.write_text(
+        "version: 1\nworkers: 1\nmetrics: off\naudit: off\ndefault: deny\n"
+        "listeners:\n  - {name: low, listen: '127.0.0.77:1023', backend: '127.0.0.1:9'}\n"
+    )
+    done = subprocess.run(
+        [*user.prefix, user.python, "-m", "gatekeeper", "run", str(rules)],
+        cwd="/",
+        env=user.env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 3, done
+    assert "127.0.0.77:1023" in done.stderr
+    assert "permi" in done.stderr.lower() or "privilege" in done.stderr.lower()

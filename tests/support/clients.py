@@ -1,0 +1,86 @@
+"""Clients that see a verdict from outside, from many sources."""
+
+from __future__ import annotations
+
+import ipaddress
+import select
+import socket
+from collections.abc import Iterable
+
+from tests.support.network import RemoteNetwork
+
+PATIENCE_S = 15.0
+
+
+class Sources:
+    """Makes client sockets bound to a source address: one of this host, or one of the remote network."""
+
+    def __init__(self, remote: RemoteNetwork | None = None) -> None:
+        self._remote = remote
+
+    def make(self, source: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+        """Return a socket bound to ``source`` and a port of the kernel's choice; the caller owns it."""
+        address = ipaddress.ip_address(source)
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        if self._remote is None or address.is_loopback:
+            made = socket.socket(family, kind)
+        else:
+            made = self._remote.make_socket(family, kind)
+        made.settimeout(PATIENCE_S)
+        if kind == socket.SOCK_STREAM:
+            # Only then the kernel may use one port for many destinations, and an earlier run's ports again.
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((source, 0))
+        return made
+
+    def connect(self, source: str, host: str, port: int) -> socket.socket:
+        """Return a TCP connection from ``source``."""
+        made = self.make(source)
+        try:
+            made.connect((host, port))
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+
+def ask(connection: socket.socket, words: bytes = b"are you there?") -> bytes:
+    """Send ``words`` and return as many bytes of the answer; fewer when it ends before.
+
+    Raises:
+        ConnectionError: the connection was reset.
+    """
+    connection.sendall(words)
+    answer = b""
+    while len(answer) < len(words) and (part := connection.recv(len(words) - len(answer))):
+        answer += part
+    return answer
+
+
+def send_and_end(connection: socket.socket, data: bytes) -> None:
+    """Send ``data`` and say that nothing follows."""
+    connection.sendall(data)
+    connection.shutdown(socket.SHUT_WR)
+
+
+def seen_over_tcp(connection: socket.socket) -> str:
+    """Say what an echo client sees on a connection that was judged already.
+
+    ``allow``: the echo. ``reset``: the connection was reset before we said anything. ``silence``: it stood there without
+    a word, and nobody was behind it when we spoke. ``end``: a clean end of stream, which no verdict may look like.
+    """
+    try:
+        if select.select([connection], [], [], 0)[0]:
+            return "end" if connection.recv(1) == b"" else "noise"
+    except ConnectionResetError:
+        return "reset"
+    try:
+        return "allow" if ask(connection, b"ping") == b"ping" else "end"
+    except (ConnectionResetError, BrokenPipeError):
+        return "silence"
+
+
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    """Close many sockets."""
+    for each in sockets:
+        each.close()
