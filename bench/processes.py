@@ -1,0 +1,126 @@
+"""What processes cost, read from /proc: CPU time in nanoseconds and memory in bytes, of a process and all its descendants."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+
+SETTLE_STEP_S = 0.008
+SETTLE_LIMIT_S = 0.4
+
+
+class BenchError(Exception):
+    """The comparison cannot be made: the message says why."""
+
+
+def family(pid: int) -> list[int]:
+    """``pid`` and all its living descendants."""
+    found = [pid]
+    for parent in found:  # grows while it is walked
+        try:
+            tasks = os.listdir(f"/proc/{parent}/task")
+        except FileNotFoundError:
+            continue
+        for task in tasks:
+            try:
+                with open(f"/proc/{parent}/task/{task}/children") as file:
+                    found.extend(int(child) for child in file.read().split())
+            except OSError:  # gone while we looked
+                continue
+    return found
+
+
+def cpu_ns(pids: list[int]) -> int:
+    """CPU time of all threads of ``pids``, user and system, in nanoseconds; processes that are gone count nothing."""
+    total = 0
+    for pid in pids:
+        try:
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{task}/schedstat") as file:
+                    total += int(file.read().split()[0])
+        except OSError:
+            continue
+    return total
+
+
+def settle(pids: list[int]) -> None:
+    """Wait until ``pids`` rest, so that what a turn left behind (closes, audit lines) is paid within it. At most 0.4 s."""
+    deadline = time.monotonic() + SETTLE_LIMIT_S
+    before = cpu_ns(pids)
+    calm = 0
+    while calm < 3 and time.monotonic() < deadline:
+        time.sleep(SETTLE_STEP_S)
+        now = cpu_ns(pids)
+        calm = calm + 1 if now - before < 50_000 else 0  # a heartbeat costs less than 50 µs
+        before = now
+
+
+def memory_bytes(pids: list[int]) -> dict[str, int]:
+    """Proportional and private memory of ``pids`` together: ``{"pss": bytes, "private": bytes}``."""
+    pss = private = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/smaps_rollup") as file:
+                rows = [line.split() for line in file]
+        except OSError:
+            continue
+        for row in rows:
+            if row[0] == "Pss:":
+                pss += int(row[1]) << 10
+            elif row[0] in {"Private_Clean:", "Private_Dirty:"}:
+                private += int(row[1]) << 10
+    return {"pss": pss, "private": private}
+
+
+def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
+    """A port of 127.0.0.1 that was free a moment ago, below the range from which clients get theirs."""
+    for port in range(20000 + os.getpid() % 5000, 32000):
+        if port in _handed_out:
+            continue
+        with socket.socket(socket.AF_INET, kind) as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        _handed_out.add(port)
+        return port
+    raise BenchError("no free port on 127.0.0.1")
+
+
+_handed_out: set[int] = set()
+
+
+def wait_until(what: str, holds: Callable[[], bool], process: subprocess.Popen[bytes], limit_s: float = 20.0) -> None:
+    """Poll until ``holds``; BenchError when ``process`` ends first or the time is over."""
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        if process.poll() is not None:
+            raise BenchError(f"{what}: ended with exit code {process.returncode}")
+        if time.monotonic() > deadline:
+            raise BenchError(f"{what}: not ready after {limit_s:.0f} s")
+        time.sleep(0.02)
+
+
+def echoes(port: int) -> bool:
+    """Whether a byte comes back through 127.0.0.1:``port``."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as sock:
+            sock.sendall(b"E")
+            return sock.recv(1) == b"E"
+    except OSError:
+        return False
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process we started, politely first; its own children end with it."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(5)

@@ -1,0 +1,143 @@
+"""Command line of the benchmark: start the systems, let them take turns, print a table, write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+from bench.native import Backend, compile_load
+from bench.peers import STARTERS, System, raise_file_limit, start_gatekeeper
+from bench.processes import BenchError
+from bench.report import heading, machine, scenario_table
+from bench.scenarios import IDLE, NAMES, SCENARIOS
+from bench.turns import compare, idle_memory
+
+DEFAULT_PEERS = ("haproxy", "nginx", "envoy")
+
+EXAMPLES = """examples:
+  python -m bench                                        everything
+  python -m bench --only connect-close --turns 15        one comparison, about 15 seconds
+  python -m bench --peers haproxy,nginx --no-gatekeeper  the others among themselves
+  python -m bench --only round-trip-50,udp-50 --json out.json
+  python -m bench --only connect-close --gatekeeper 'python my_driver.py {config}'
+"""
+
+
+def _names(allowed: tuple[str, ...]) -> Any:
+    def parse(text: str) -> list[str]:
+        names = [name for name in text.split(",") if name]
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name}: not one of {', '.join(allowed)}")
+        return names
+
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; see --help."""
+    made = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--only", type=_names(NAMES), metavar="NAME,...", help=f"scenarios to run: {', '.join(NAMES)}")
+    made.add_argument("--turns", type=int, default=15, metavar="N", help="rounds; each system has one turn in each (default 15)")
+    made.add_argument("--seconds", type=float, default=0.2, metavar="S", help="length of a turn (default 0.2)")
+    made.add_argument("--peers", type=_names((*DEFAULT_PEERS, "direct")), metavar="NAME,...", help="haproxy, nginx, envoy, direct (no proxy)")
+    made.add_argument("--gatekeeper", metavar="CMD", help="how to start gatekeeper; {config} is the rule file (default: gatekeeper run)")
+    made.add_argument("--no-gatekeeper", action="store_true", help="leave gatekeeper out")
+    made.add_argument("--idle", type=int, default=2000, metavar="N", help="sessions for the memory measurement (default 2000)")
+    made.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
+    made.add_argument("--keep", metavar="DIR", help="use DIR for configurations and logs and leave them there")
+    return made
+
+
+def start_systems(options: argparse.Namespace, program: str, directory: str) -> list[System]:
+    """Start everybody; a peer that is not installed is named and left out, unless it was asked for by name."""
+    starters = dict(STARTERS)
+    starters["gatekeeper"] = functools.partial(start_gatekeeper, command=options.gatekeeper)
+    names = [] if options.no_gatekeeper else ["gatekeeper"]
+    names += options.peers if options.peers is not None else DEFAULT_PEERS
+    started: list[System] = []
+    for name in names:
+        backend = Backend(program)
+        place = os.path.join(directory, name)
+        os.makedirs(place, exist_ok=True)
+        try:
+            if name not in starters:
+                raise BenchError(f"{name} is not supported yet")
+            started.append(starters[name](backend, place))
+        except BenchError as err:
+            backend.close()
+            if name == "gatekeeper" or options.peers is not None:
+                for system in started:
+                    system.close()
+                raise
+            print(f"left out: {err}", file=sys.stderr)
+    return started
+
+
+def measure(options: argparse.Namespace, systems: list[System], program: str) -> dict[str, Any]:
+    """Run the scenarios that were asked for, printing each table when it is there."""
+
+    def progress(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    document: dict[str, Any] = {
+        "machine": machine(),
+        "versions": {system.name: system.version for system in systems},
+        "settings": {"turns": options.turns, "seconds": options.seconds},
+        "scenarios": [],
+    }
+    print(heading(document), flush=True)
+    wanted = options.only or NAMES
+
+    def done(record: dict[str, Any]) -> None:
+        document["scenarios"].append(record)
+        progress("")
+        print("\n" + scenario_table(record), flush=True)
+
+    if IDLE in wanted:  # first, while nobody has memory left over from other work
+        done(idle_memory(systems, program, options.idle, progress))
+    for scenario in SCENARIOS:
+        if scenario.name in wanted:
+            done(compare(systems, scenario, program, options.turns, options.seconds, progress))
+    return document
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0, or 3 when the comparison could not be made."""
+    options = parser().parse_args(argv)
+    raise_file_limit()
+    directory = options.keep or tempfile.mkdtemp(prefix="gatekeeper-bench-")
+    os.makedirs(directory, exist_ok=True)
+    systems: list[System] = []
+    try:
+        program = compile_load(directory)
+        systems = start_systems(options, program, directory)
+        document = measure(options, systems, program)
+        if options.json:
+            with open(options.json, "w") as file:
+                json.dump(document, file, indent=1)
+                file.write("\n")
+    except BenchError as err:
+        print(f"bench: {err}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        for system in systems:
+            system.close()
+        if not options.keep:
+            shutil.rmtree(directory, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
