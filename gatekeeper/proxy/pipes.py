@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 PIPE_BYTES = 1 << 18
 SMALLEST_BYTES = 1 << 16  # past 64 MiB of pipes per user the kernel hands out smaller ones, which are not worth it
-POOLED = 64
+POOLED = 16  # kept for reuse; more are made while more are needed at once
 
 
 class Pipe(NamedTuple):

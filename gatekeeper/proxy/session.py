@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 LINGER_RESET = struct.pack("ii", 1, 0)  # close at once, with a reset
 DELIVERY_TIMEOUT_S = 5.0  # how long a reset waits for the data ahead of it
 DELIVERY_ROUNDS = 64  # chunks moved in one turn
+LOST = {errno.ECONNRESET, errno.EPIPE}  # it was there, may have spoken, and is gone again
+RESETS = {End.CLIENT_RESET, End.BACKEND_RESET}
 
 
 class TcpSession:
@@ -116,7 +118,11 @@ class TcpSession:
             except BlockingIOError:
                 sent = 0
             except OSError as err:
-                self.dial_failed(err.errno)
+                if err.errno in LOST:
+                    self.connected()
+                    self.lose(backend)
+                else:
+                    self.dial_failed(err.errno)
                 return
             if sent:
                 client.pending = data[sent:] or None
@@ -196,7 +202,7 @@ class TcpSession:
             self.finish(End.HALF_CLOSE_TIMEOUT if self.client.done or self.backend.done else End.IDLE_TIMEOUT)
 
     def finish(self, end: End) -> None:
-        """See `gate.Session.finish`. Any end but FINISHED is a reset for whoever was not told the end before."""
+        """See `gate.Session.finish`. Whoever was not told the end of its stream gets a reset, unless both were FINISHED."""
         shared = self.gate.shared
         client, backend = self.client, self.backend
         if shared.sessions.pop(client.fd, None) is None:
@@ -207,8 +213,9 @@ class TcpSession:
         moved_in, moved_out = client.received, 0 if backend is client else backend.received
         for leg in legs:
             handlers.pop(leg.fd, None)
-            # A side that was told the end has a whole stream, and may still be reading it.
-            if end is not End.FINISHED and not leg.other.done:
+            # A side that was told the end has a whole stream and may still be reading it: only a reset of the
+            # other side, which can not take its answer any more, is worth another.
+            if end in RESETS or (end is not End.FINISHED and not leg.other.done):
                 leg.socket().setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, LINGER_RESET)
             leg.close()
         for leg in legs:
@@ -232,12 +239,14 @@ class Dial:
         backend = session.backend
         shared = session.gate.shared
         error = backend.socket().getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
-        if error:
+        if error and error not in LOST:
             session.dial_failed(error)
             return
         shared.loop.unwatch(backend.fd)
         del shared.due[session.client.fd]
         session.connected()
+        if error:
+            session.lose(backend)
 
     def check(self, now: float) -> None:
         """See `gate.Due.check`."""

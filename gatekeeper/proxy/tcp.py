@@ -105,8 +105,8 @@ class TcpGate(Gate):
             except Exception:  # noqa: BLE001 - the loop's promise: a session's fault is its own
                 self.shared.loop.give_up(session)
         else:
-            self.turn_away(fd, family, silently=word & ACTION_MASK == DROP)
             self.refuse(word, source, destination)
+            self.turn_away(fd, family, silently=word & ACTION_MASK == DROP)
 
     @staticmethod
     def turn_away(fd: int, family: int, *, silently: bool) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 HOUSEKEEPING_S = 1.0  # suppressed refusals, queue lengths, a new round of sweeps
 SWEPT_PER_TURN = 1000  # sessions looked at in one turn, so that no turn takes long
-RESERVED_FDS = 64  # for pipes, listeners and what the interpreter needs
+SPARE_FDS = 64  # at most this many descriptors, and at most an eighth, are kept for pipes and orders
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,12 @@ class Worker:
         if not self.sweeping:
             self.sweeping = list(self.shared.sessions.values())
 
+    def limit_sessions(self) -> None:
+        """Work out how many descriptors sessions may hold, so that accepting stops before everything else does."""
+        limit = most_descriptors()
+        ours = len(os.listdir("/proc/self/fd")) - self.shared.open_fds
+        self.shared.max_fds = limit - ours - min(SPARE_FDS, limit // 8)
+
     # -- orders
 
     def obey(self, order: dict[str, Any], fds: list[int]) -> None:
@@ -160,8 +166,9 @@ class Worker:
             siblings=[counters],
             sessions={},
             due={},
-            max_fds=most_descriptors() - RESERVED_FDS,
+            max_fds=0,
         )
+        self.limit_sessions()
         self.channel.send({"op": "ready"})
 
     def meet_siblings(self, _order: dict[str, Any], fds: list[int]) -> None:
@@ -218,6 +225,7 @@ class Worker:
                 kind = TcpGate if endpoints[index]["protocol"] == "tcp" else UdpGate
                 self.gates[key] = gate = kind(self.shared, key, sock, exclusive=exclusive)
                 gate.open(prepared.snapshot, prepared.bindings, index)
+        self.limit_sessions()
         self.shared.counters[WorkerSlot.GENERATION] = prepared.generation
         self.channel.send({"op": "committed", "generation": prepared.generation})
 
