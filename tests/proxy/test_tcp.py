@@ -137,6 +137,7 @@ def turned_away(address: tuple[str, int], source: str = "127.0.0.1") -> int:
 
 
 def reset(sock: socket.socket) -> None:
+    """Close with a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
