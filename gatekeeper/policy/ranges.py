@@ -1,0 +1,321 @@
+"""Sets of addresses as exact algebra: union, intersection, difference and complement over both families.
+
+A set of one family is its **bounds**: the sorted addresses at which membership changes, starting outside. So
+``[10, 20)`` is ``10, 20``, and a set that reaches the last address simply has no closing bound. Complement is then a
+bound at 0, put in or taken out; "is it inside" is the parity of one binary search; and everything else is complement
+plus one of two primitives, both made of C loops over compact arrays:
+
+- `_clip`, when one side is small: its time depends on the large side only by what is copied from it;
+- `_join`, a union by two sorts: a gap lies between the i-th and the next range exactly when the i-th smallest end
+  comes before the next smallest start, whichever starts and ends belong together.
+
+IPv4-mapped IPv6 addresses (``::ffff:0:0/96``) are IPv4. Whoever parses an address normalizes it (`normalize`), so the
+IPv6 side is never asked about them. The algebra does not cut them out: complement is over all 2**128 addresses, ``any``
+covers them, and ``::/0`` says nothing about IPv4.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, compress, islice, repeat
+from operator import and_, lshift, lt, or_, rshift
+from typing import ClassVar, Self, TypeAlias, overload
+
+LOW64 = (1 << 64) - 1
+BITS = {4: 32, 6: 128}
+
+_MAPPED_PREFIX = 0xFFFF
+_SMALL = 16  # bounds: below that a loop in Python is as fast as anything
+_MUCH_SMALLER = 8  # times
+
+
+def normalize(family: int, address: int) -> tuple[int, int]:
+    """Return the address as policy judges it: an IPv4-mapped IPv6 address as IPv4, anything else unchanged."""
+    if family == 6 and address >> 32 == _MAPPED_PREFIX:
+        return 4, address & 0xFFFFFFFF
+    return family, address
+
+
+def format_source(family: int, address: int) -> str:
+    """Return an address as canonical text; family 0 is the peer of a unix socket."""
+    if family == 0:
+        return "unix"
+    return str(ipaddress.IPv4Address(address) if family == 4 else ipaddress.IPv6Address(address))
+
+
+class Wide:
+    """A compact sequence of unsigned 128-bit integers, as two arrays of halves."""
+
+    __slots__ = ("high", "low")
+
+    def __init__(self, values: Sequence[int] = ()) -> None:
+        self.high = array("Q", map(rshift, values, repeat(64)))
+        self.low = array("Q", map(and_, values, repeat(LOW64)))
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+    def __iter__(self) -> Iterator[int]:
+        return map(or_, map(lshift, self.high, repeat(64)), self.low)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Wide: ...
+    def __getitem__(self, index: int | slice) -> int | Wide:
+        if isinstance(index, int):
+            return self.high[index] << 64 | self.low[index]
+        part = Wide()
+        part.high, part.low = self.high[index], self.low[index]
+        return part
+
+    def __setitem__(self, index: slice, values: Wide) -> None:
+        self.high[index] = values.high
+        self.low[index] = values.low
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Wide) and self.high == other.high and self.low == other.low
+
+    __hash__ = None  # type: ignore[assignment]  # a mutable sequence, like array
+
+    def append(self, value: int) -> None:
+        self.high.append(value >> 64)
+        self.low.append(value & LOW64)
+
+    def extend(self, values: Wide) -> None:
+        self.high.extend(values.high)
+        self.low.extend(values.low)
+
+
+Bounds: TypeAlias = "array[int] | Wide"  # IPv4: array("I"); IPv6: Wide, which has the same methods
+
+
+def bounds_from(family: int, values: Sequence[int]) -> Bounds:
+    """Return sorted addresses as bounds."""
+    return array("I", values) if family == 4 else Wide(values)
+
+
+class Ranges:
+    """Sorted, disjoint, non-adjacent inclusive ranges of one family. Immutable: nobody may change ``bounds``."""
+
+    __slots__ = ("bounds", "family")
+
+    def __init__(self, family: int, bounds: Bounds) -> None:
+        """Take over bounds that are sorted and distinct; `of` takes anything."""
+        self.family = family
+        self.bounds = bounds
+
+    @classmethod
+    def of(cls, family: int, pairs: Iterable[tuple[int, int]]) -> Self:
+        """Return the union of inclusive (first, last) pairs in any order, overlapping or not."""
+        listed = list(pairs)
+        return cls(family, _join(family, [first for first, _ in listed], [last + 1 for _, last in listed]))
+
+    @classmethod
+    def joined(cls, family: int, starts: array[int], ends: array[int]) -> Self:
+        """Return the union of ``[starts[i], ends[i])``, any order. Large input; arrays keep the memory small."""
+        return cls(family, _join(family, starts, ends))
+
+    def __len__(self) -> int:
+        """The number of ranges."""
+        return (len(self.bounds) + 1) // 2
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (first, last), inclusive, in order."""
+        for first, end in self._spans():
+            yield first, end - 1
+
+    def __contains__(self, address: int) -> bool:
+        return bisect_right(self.bounds, address) & 1 == 1
+
+    def __bool__(self) -> bool:
+        return len(self.bounds) > 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ranges) and self.family == other.family and self.bounds == other.bounds
+
+    __hash__ = object.__hash__
+
+    def __invert__(self) -> Ranges:
+        if self.bounds and self.bounds[0] == 0:
+            return Ranges(self.family, self.bounds[1:])
+        out = bounds_from(self.family, ())
+        out.append(0)
+        out.extend(self.bounds)  # type: ignore[arg-type]  # one family, one kind of bounds
+        return Ranges(self.family, out)
+
+    def __or__(self, other: Ranges) -> Ranges:
+        small, large = (self, other) if len(self) <= len(other) else (other, self)
+        if not small:
+            return large
+        if _is_small(small, large):
+            return ~_clip(~small, large, outside=True)
+        starts = list(chain(small.bounds[0::2], large.bounds[0::2]))
+        ends = list(chain(small._ends(), large._ends()))
+        return Ranges(self.family, _join(self.family, starts, ends))
+
+    def __and__(self, other: Ranges) -> Ranges:
+        small, large = (self, other) if len(self) <= len(other) else (other, self)
+        if _is_small(small, large):
+            return _clip(small, large, outside=False)
+        return ~(~small | ~large)
+
+    def __sub__(self, other: Ranges) -> Ranges:
+        if _is_small(self, other):
+            return _clip(self, other, outside=True)
+        return self & ~other
+
+    def __repr__(self) -> str:
+        shown = ", ".join(islice(self.networks(), 4))
+        return f"<{len(self)} IPv{self.family} ranges: {shown}{', ...' if len(self) > 4 else ''}>"
+
+    def networks(self) -> Iterator[str]:
+        """Yield the fewest networks that cover exactly this set, in order, as text (single addresses without ``/n``)."""
+        bits = BITS[self.family]
+        for first, end in self._spans():
+            at = first
+            while at < end:
+                size = min(at & -at or 1 << bits, 1 << (end - at).bit_length() - 1)
+                text = format_source(self.family, at)
+                yield text if size == 1 else f"{text}/{bits + 1 - size.bit_length()}"
+                at += size
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """Yield (first, end), the end being the first address that is outside."""
+        return zip(self.bounds[0::2], self._ends(), strict=True)
+
+    def _ends(self) -> Iterator[int]:
+        last = (1 << BITS[self.family],) if len(self.bounds) & 1 else ()
+        return chain(self.bounds[1::2], last)
+
+
+def _is_small(small: Ranges, large: Ranges) -> bool:
+    return len(small.bounds) <= _SMALL or len(small.bounds) * _MUCH_SMALLER <= len(large.bounds)
+
+
+def _clip(small: Ranges, large: Ranges, *, outside: bool) -> Ranges:
+    """Return what of ``small`` lies inside (or ``outside``) of ``large``."""
+    limit = 1 << BITS[small.family]
+    bounds = large.bounds
+    out = bounds_from(small.family, ())
+    for first, end in small._spans():  # noqa: SLF001 - this module
+        low = bisect_right(bounds, first)
+        high = bisect_left(bounds, end, low)
+        if (low & 1) != outside:
+            out.append(first)
+        out.extend(bounds[low:high])  # type: ignore[arg-type]  # one family, one kind of bounds
+        if (high & 1) != outside and end != limit:
+            out.append(end)
+    return Ranges(small.family, out)
+
+
+def _join(family: int, starts: Sequence[int], ends: Sequence[int]) -> Bounds:
+    """Return the bounds of the union of ``[start, end)``; see the top of this module."""
+    if not starts:
+        return bounds_from(family, ())
+    if not all(map(lt, ends, islice(starts, 1, None))):
+        starts = _sorted(starts)
+        ends = _sorted(ends)
+        gaps = bytes(map(lt, ends, islice(starts, 1, None)))
+        if not all(gaps):
+            starts, ends = (
+                [starts[0], *compress(islice(starts, 1, None), gaps)],
+                [*compress(ends, gaps), ends[-1]],
+            )
+    limit = 1 << BITS[family]
+    open_ended = ends[-1] == limit
+    if family == 4:
+        if open_ended:
+            ends = [*ends[:-1], 0]
+        narrow = array("I", bytes(8 * len(starts)))
+        narrow[0::2] = _narrow(starts)
+        narrow[1::2] = _narrow(ends)
+        if open_ended:
+            narrow.pop()
+        return narrow
+    if open_ended:
+        ends = [*ends[:-1], 0]
+    out = Wide()
+    out.high = array("Q", bytes(16 * len(starts)))
+    out.low = array("Q", bytes(16 * len(starts)))
+    out[0::2] = Wide(starts)
+    out[1::2] = Wide(ends)
+    return out[:-1] if open_ended else out
+
+
+def _sorted(values: Sequence[int]) -> Sequence[int]:
+    """Return the values sorted, as compactly as they came."""
+    return array("I", sorted(values)) if isinstance(values, array) else sorted(values)
+
+
+def _narrow(values: Sequence[int]) -> array[int]:
+    return values if isinstance(values, array) else array("I", values)
+
+
+class AddressSet:
+    """A set of addresses of both families. Immutable; equality is by content, the hash by identity."""
+
+    __slots__ = ("v4", "v6")
+
+    EVERYTHING: ClassVar[AddressSet]
+    EMPTY: ClassVar[AddressSet]
+
+    def __init__(self, v4: Ranges, v6: Ranges) -> None:
+        self.v4 = v4
+        self.v6 = v6
+
+    @classmethod
+    def of(cls, v4: Iterable[tuple[int, int]] = (), v6: Iterable[tuple[int, int]] = ()) -> AddressSet:
+        """Return the set of inclusive (first, last) pairs, in any order, overlapping or not."""
+        return cls(Ranges.of(4, v4), Ranges.of(6, v6))
+
+    def __or__(self, other: AddressSet) -> AddressSet:
+        return AddressSet(self.v4 | other.v4, self.v6 | other.v6)
+
+    def __and__(self, other: AddressSet) -> AddressSet:
+        return AddressSet(self.v4 & other.v4, self.v6 & other.v6)
+
+    def __sub__(self, other: AddressSet) -> AddressSet:
+        return AddressSet(self.v4 - other.v4, self.v6 - other.v6)
+
+    def __invert__(self) -> AddressSet:
+        return AddressSet(~self.v4, ~self.v6)
+
+    def __bool__(self) -> bool:
+        return bool(self.v4) or bool(self.v6)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AddressSet) and self.v4 == other.v4 and self.v6 == other.v6
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"<AddressSet {self.v4!r} {self.v6!r}>"
+
+    def of_family(self, family: int) -> Ranges:
+        """Return one side, by family 4 or 6."""
+        return self.v4 if family == 4 else self.v6
+
+    def contains(self, family: int, address: int) -> bool:
+        """Say whether a normalized address is in the set; a peer without an address (family 0) never is."""
+        return family != 0 and address in self.of_family(family)
+
+    def count_ranges(self) -> int:
+        return len(self.v4) + len(self.v6)
+
+    def first(self) -> tuple[int, int] | None:
+        """Return (family, address) of the lowest address, IPv4 first, or ``None`` when the set is empty."""
+        if self.v4:
+            return 4, self.v4.bounds[0]
+        return (6, self.v6.bounds[0]) if self.v6 else None
+
+    def networks(self) -> Iterator[str]:
+        """Yield the fewest networks that cover exactly this set, as text, IPv4 first."""
+        return chain(self.v4.networks(), self.v6.networks())
+
+
+AddressSet.EMPTY = AddressSet.of()
+AddressSet.EVERYTHING = ~AddressSet.EMPTY
