@@ -86,14 +86,20 @@ def remote() -> Iterator[RemoteNetwork]:
 
 @pytest.fixture
 def run_gate(folder: Path) -> Iterator[Callable[..., Gate]]:
-    """Start the gate on a rule text, ``run_gate(text, workers=2, ...)``, wait until it serves, and end it after the test."""
+    """Start the gate on a rule text, ``run_gate(text, workers=2, ...)``, wait until it serves, and end it after the test.
+
+    ``before_ready`` is called in between, ``folder`` is its home instead of a new one; all else is `Gate`'s.
+    """
     started: list[Gate] = []
 
     def start(text: str, **options: Any) -> Gate:
         home = options.pop("folder", None) or folder / f"gate{len(started)}"
         home.mkdir(exist_ok=True)
+        before_ready = options.pop("before_ready", None)
         gate = Gate(home, text, **options)
         started.append(gate)
+        if before_ready is not None:
+            before_ready()
         gate.wait_ready()
         return gate
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import need
 from tests.support.backends import TcpBackend, UdpBackend
 from tests.support.clients import Sources, ask
 from tests.support.gate import Gate
@@ -90,3 +91,43 @@ def test_a_port_below_1024_is_refused_with_the_reason(folder: Path, user: PlainU
     assert done.returncode == 3, done
     assert "127.0.0.77:1023" in done.stderr
     assert "permi" in done.stderr.lower() or "privilege" in done.stderr.lower()
+
+
+@pytest.mark.needs("systemd-socket-activate")
+def test_a_service_manager_hands_over_what_the_user_may_not_open(
+    run_gate: Callable[..., Gate], folder: Path, user: PlainUser
+) -> None:
+    """Socket activation: the port was opened by somebody else, and the very first connection, which started us, is served."""
+    home = folder / "home"
+    home.mkdir()
+    user.own(home)
+    port = low_port() if user.prefix else free_port()
+    activate = [need.program("systemd-socket-activate"), f"--listen=127.0.0.1:{port}", "--setenv=PYTHONPATH"]
+    with TcpBackend() as backend, socket.socket() as first:
+        gate = run_gate(
+            f"listeners:\n  - {{name: web, listen: '127.0.0.1:{port}', backend: '{backend.address}'}}\ndefault: allow\n",
+            folder=home,
+            workers=2,
+            prefix=[*activate, "--setenv=NOTIFY_SOCKET", *user.prefix],
+            python=user.python,
+            env=user.env,
+            before_ready=lambda: until(lambda: first.connect_ex(("127.0.0.1", port)) == 0, "the port is open"),
+        )
+        first.settimeout(10)
+        assert ask(first) == b"are you there?"
+        for number in range(20):
+            with Sources().connect(f"127.0.{number}.1", "127.0.0.1", port) as client:
+                assert ask(client) == b"are you there?"
+        gate.wait_for_value(21, "gatekeeper_connections_total", action="allow")
+
+
+def low_port() -> int:
+    """Return a free port below 1024 that has no well-known owner."""
+    for port in range(860, 870):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise AssertionError("ports 860 to 869 are all taken")

@@ -17,6 +17,7 @@ from tests.support import need
 from tests.support.gate import ROOT
 
 USER = "nobody"
+IMPORTS = "import gatekeeper.config, pydantic_core, prometheus_client, uvicorn"
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,28 @@ def plain_user(folder: Path) -> PlainUser:
         "--bounding-set=-all",
         "--no-new-privs",
     )
-    own = PlainUser(become, sys.executable, {"PYTHONPATH": str(ROOT)})
-    if _works(own):
-        return own
-    # The checkout or the interpreter may be root's alone. Copies of the code do for the one, the system's interpreter of
-    # the same version, which understands the same compiled modules, does for the other.
+    # The interpreter and the code may be root's alone. The system's interpreter of the same version, which understands the
+    # same compiled modules, does for the one; copies do for the other.
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    code, libraries = folder / "code", folder / "libraries"
-    shutil.copytree(ROOT / "gatekeeper", code / "gatekeeper")
-    shutil.copytree(sysconfig.get_paths()["purelib"], libraries)
-    for python in (sys.executable, shutil.which(version, path="/usr/bin:/usr/local/bin") or sys.executable):
-        copied = PlainUser(become, python, {"PYTHONPATH": os.pathsep.join([str(code), str(libraries)])})
-        if _works(copied):
-            return copied
+    system = shutil.which(version, path="/usr/bin:/usr/local/bin") or sys.executable
+    libraries = sysconfig.get_paths()["purelib"]
+    attempts = [(sys.executable, str(ROOT)), (system, os.pathsep.join([str(ROOT), libraries]))]
+    for python, path in attempts:
+        user = PlainUser(become, python, {"PYTHONPATH": path})
+        if _works(user):
+            return user
+    shutil.copytree(ROOT / "gatekeeper", folder / "code" / "gatekeeper")
+    shutil.copytree(libraries, folder / "libraries")
+    user = PlainUser(become, system, {"PYTHONPATH": os.pathsep.join([f"{folder}/code", f"{folder}/libraries"])})
+    if _works(user):
+        return user
     pytest.skip(f"{USER} may not read {sys.executable}, and there is no {version} in /usr/bin")
 
 
 def _works(user: PlainUser) -> bool:
+    # By way of a shell: setpriv itself can still execute what only root may, the user's own processes could not.
     done = subprocess.run(
-        [*user.prefix, user.python, "-c", "import gatekeeper.config, pydantic_core, prometheus_client, uvicorn"],
+        [*user.prefix, "sh", "-c", 'exec "$0" "$@"', user.python, "-c", IMPORTS],
         cwd="/",
         env={**os.environ, **user.env},
         capture_output=True,
