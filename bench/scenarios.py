@@ -26,7 +26,9 @@ class Scenario:
 SCENARIOS = (
     Scenario("connect-close", "connect-close", 32, "connection", "connect, 1 byte there and back, close; 32 at once"),
     Scenario("round-trip-1", "round-trip", 1, "round trip", "64 bytes there and back on 1 open connection", size=64),
-    Scenario("round-trip-50", "round-trip", 50, "round trip", "64 bytes there and back on 50 open connections", size=64),
+    Scenario(
+        "round-trip-50", "round-trip", 50, "round trip", "64 bytes there and back on 50 open connections", size=64
+    ),
     Scenario("bulk-up", "up", 4, "GB", "bulk from client to backend, 4 streams", per=1e9),
     Scenario("bulk-down", "down", 4, "GB", "bulk from backend to client, 4 streams", per=1e9),
     Scenario("bulk-both", "both", 4, "GB", "bulk in both directions at once, 4 streams", per=1e9),

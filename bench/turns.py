@@ -92,7 +92,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def compare(
-    systems: Sequence[System], scenario: Scenario, program: str, rounds: int, seconds: float, progress: Callable[[str], None]
+    systems: Sequence[System],
+    scenario: Scenario,
+    program: str,
+    rounds: int,
+    seconds: float,
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run ``scenario``; return its record for the JSON document.
 
@@ -136,7 +141,9 @@ def record(scenario: Scenario, taken: dict[str, list[Turn | None]]) -> dict[str,
             for key in ("cpu_us", "machine_us", "rate", "p50_us", "p99_us", "cores")
         }
         units = sum(turn.units for turn in done)
-        figures.update(turns=len(done), units=units, lost=sum(turn.lost for turn in done), errors=sum(turn.errors for turn in done))
+        figures.update(
+            turns=len(done), units=units, lost=sum(turn.lost for turn in done), errors=sum(turn.errors for turn in done)
+        )
         document["systems"][name] = figures
         pairs = [(ours, theirs) for ours, theirs in zip(taken[subject or ""], turns, strict=True) if ours and theirs]
         if name != subject and pairs:
@@ -149,7 +156,9 @@ def record(scenario: Scenario, taken: dict[str, list[Turn | None]]) -> dict[str,
     return document
 
 
-def idle_memory(systems: Sequence[System], program: str, sessions: int, progress: Callable[[str], None]) -> dict[str, Any]:
+def idle_memory(
+    systems: Sequence[System], program: str, sessions: int, progress: Callable[[str], None]
+) -> dict[str, Any]:
     """Memory per idle session, in bytes: all processes of a system with ``sessions`` open ones, minus before."""
     figures: dict[str, Any] = {}
     for system in systems:
@@ -166,5 +175,7 @@ def idle_memory(systems: Sequence[System], program: str, sessions: int, progress
         finally:
             generator.close()
         settle(system.pids())
-        figures[system.name] = {key: (after[key] - before[key]) / sessions for key in after} | {"base_pss": before["pss"]}
+        figures[system.name] = {key: (after[key] - before[key]) / sessions for key in after} | {
+            "base_pss": before["pss"]
+        }
     return {"name": "idle", "title": f"memory of {sessions} idle sessions", "sessions": sessions, "systems": figures}
