@@ -77,8 +77,8 @@ def conflicting(endpoint: Endpoint) -> dict[int, int | None]:
     rows = [
         (listens, inode, uid)
         for version in (4, 6)
-        for address, port, listens, uid, inode in _inet_rows(endpoint.protocol, version)
-        if port == endpoint.port and inode and _overlap(wanted, address)
+        for address, listens, uid, inode in _inet_rows(endpoint.protocol, version, endpoint.port)
+        if _overlap(wanted, address)
     ]
     listening = [row for row in rows if row[0]]
     return {inode: uid for _listens, inode, uid in listening or rows}
@@ -101,14 +101,18 @@ def _overlap(wanted: _Address, held: _Address) -> bool:
     return wanted == held or wanted.is_unspecified or held.is_unspecified
 
 
-def _inet_rows(protocol: str, version: int) -> Iterator[tuple[_Address, int, bool, int, int]]:
-    """Yield (address, port, is a listener, uid, inode) for each socket of one protocol and family."""
+def _inet_rows(protocol: str, version: int, port: int) -> Iterator[tuple[_Address, bool, int, int]]:
+    """Yield (address, is a listener, uid, inode) for each socket on a port that a process has open."""
     path = _PROC / "net" / (protocol if version == 4 else f"{protocol}6")
+    mark = f":{port:04X} "
     with contextlib.suppress(OSError):
-        for line in path.read_text("ascii").splitlines()[1:]:
+        for line in path.read_text("ascii").splitlines():
+            if mark not in line:  # a busy host has very many rows
+                continue
             fields = line.split()
-            host, port = fields[1].split(":")
-            yield _address(host), int(port, 16), fields[3] in {"0A", "07"}, int(fields[7]), int(fields[9])
+            host, _, local_port = fields[1].partition(":")
+            if int(local_port, 16) == port and int(fields[9]):
+                yield _address(host), fields[3] in {"0A", "07"}, int(fields[7]), int(fields[9])
 
 
 def _address(text: str) -> _Address:
@@ -130,14 +134,12 @@ def _unix_inodes(path: str) -> Iterator[int]:
 def _holders(inodes: set[int]) -> Iterator[tuple[int, int, int]]:
     """Yield (start time, pid, inode) for each process that has one of the sockets open."""
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
-    for entry in os.scandir(_PROC):
-        if not entry.name.isdigit():
-            continue
+    for pid in filter(str.isdigit, os.listdir(_PROC)):
         with contextlib.suppress(OSError):  # it ended, or is not ours to look into
-            for fd in os.scandir(f"{entry.path}/fd"):
-                inode = wanted.get(os.readlink(fd.path))
+            for fd in os.listdir(_PROC / pid / "fd"):
+                inode = wanted.get(os.readlink(_PROC / pid / "fd" / fd))
                 if inode is not None:
-                    yield _start_time(entry.name), int(entry.name), inode
+                    yield _start_time(pid), int(pid), inode
                     break
 
 

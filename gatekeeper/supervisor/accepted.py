@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gatekeeper.errors import SnapshotError
 from gatekeeper.kernel import memfd
 from gatekeeper.policy.model import Endpoint, Protocol
 from gatekeeper.snapshot.reader import Snapshot
@@ -75,7 +76,9 @@ def endpoint(item: dict[str, Any], protocol: str = "tcp") -> Endpoint:
 
 
 def _read(fd: int) -> dict[str, Any]:
+    if not os.fstat(fd).st_size:
+        raise SnapshotError("it is empty")
     # Not closed by hand: the snapshot's views go first, the mapping with the last of them.
-    snapshot = Snapshot(mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ))
+    snapshot = Snapshot(memoryview(mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)))
     snapshot.validate()
     return snapshot.meta

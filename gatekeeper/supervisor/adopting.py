@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gatekeeper.kernel.inherit import Inherited
     from gatekeeper.supervisor.listening import Opened
 
-_V4_WILDCARD = "0.0.0.0"  # noqa: S104 - compared, not bound
+_V4_WILDCARD = "0.0.0.0"
 _V6_WILDCARD = "::"
 
 

@@ -50,7 +50,7 @@ def environment() -> dict[str, str]:
     return kept
 
 
-def start(command: Sequence[str], fds: Sequence[int], **options: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401
+def start(command: Sequence[str], fds: Sequence[int], **options: Any) -> subprocess.Popen[bytes]:
     """Execute ``command`` in a session of its own (a terminal's Ctrl-C is ours to handle) with ``fds`` and stderr.
 
     Raises:
@@ -100,8 +100,16 @@ class Child:
         if self._channel is None:
             return
         if self._waiting or not self._try(message, fds):
-            # The caller may close its descriptors before the message leaves.
-            self._waiting.append((message, [os.dup(fd) for fd in fds]))
+            copies: list[int] = []
+            try:
+                # The caller may close its descriptors before the message leaves.
+                copies.extend(os.dup(fd) for fd in fds)
+            except OSError:
+                # No descriptors left. A child that misses a message must not go on; its successor is told everything.
+                _close(copies)
+                self.kill()
+                return
+            self._waiting.append((message, copies))
             self._watch()
 
     def send_many(self, message: dict[str, Any], lists: dict[str, list[Any]], fds: Sequence[int]) -> None:

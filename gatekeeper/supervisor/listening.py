@@ -34,7 +34,7 @@ KEEPALIVE_PROBES = 4
 
 _SO_RCVBUFFORCE = 33
 _IP_PKTINFO = 8
-_WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+_WILDCARDS = {"0.0.0.0", "::"}
 _ADVICE = {
     errno.EADDRNOTAVAIL: "this host has no such address",
     errno.EMFILE: "too many open files: raise LimitNOFILE or `ulimit -n`",
@@ -50,12 +50,16 @@ _LOW_PORT = (
 
 @dataclass(slots=True)
 class Opened:
-    """The sockets of one endpoint. ``unix_file`` is (device, inode) of the socket file that we made."""
+    """The sockets of one endpoint.
+
+    ``unix_file`` is (device, inode) of the socket file that we made; ``came_with_us`` the inherited socket it is.
+    """
 
     endpoint: Endpoint
     sockets: list[socket.socket]
     shared: bool = False
     unix_file: tuple[int, int] | None = None
+    came_with_us: Inherited | None = None
 
     def for_worker(self, index: int) -> socket.socket | None:
         """Return the socket that worker ``index`` serves; ``None``: another worker serves this endpoint alone."""
@@ -106,9 +110,16 @@ class Opener:
                 failures.append(str(err))
         if failures:
             for opened in new.values():
-                opened.close()
+                self.close(opened)
             raise ListenError("\n".join(failures))
         return {key: new[key] for key in endpoints if key in new}
+
+    def close(self, opened: Opened) -> None:
+        """Close an endpoint that is no longer wanted; an inherited socket is kept, for it can be wanted again."""
+        if opened.came_with_us is None:
+            opened.close()
+        else:
+            self.inherited.append(opened.came_with_us)
 
     def _open(self, endpoint: Endpoint, everything: list[Endpoint], ours: list[Opened]) -> Opened:
         came_with_us = adopting.find(self.inherited, endpoint, everything)
@@ -117,7 +128,7 @@ class Opener:
             _set_options(came_with_us.sock, endpoint)
             # Datagrams of one client must stay with one worker, and without a group nobody would see to that.
             alone = endpoint.protocol is Protocol.UDP
-            return Opened(endpoint, [came_with_us.sock], shared=not alone)
+            return Opened(endpoint, [came_with_us.sock], shared=not alone, came_with_us=came_with_us)
         try:
             if endpoint.family == 0:
                 return _open_unix(endpoint)
@@ -140,10 +151,11 @@ class Opener:
                 sockets = []
                 for _ in range(self.shards):
                     sockets.append(bind(endpoint, share=True))
+                    _start(sockets[-1], endpoint)
                     if len(sockets) == 1 and self.shards > 1:
                         # Before the second member exists: a source has its owner from the moment the group is whole.
+                        # Not before the first one listens: listen(2) would fail beside an overlapping group.
                         steering.attach(sockets[0], self.key, self.shards)
-                    _start(sockets[-1], endpoint)
             else:
                 _start(sockets[0], endpoint)
         except OSError:

@@ -8,7 +8,7 @@ import select
 import signal
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ class Loop:
         self._previous: dict[int, Any] = {}
         self._wake_read, self._wake_write = socket.socketpair()
 
-    def __enter__(self) -> Loop:
+    def __enter__(self) -> Self:
         """Take over the signals."""
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)

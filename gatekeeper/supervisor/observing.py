@@ -12,7 +12,7 @@ from gatekeeper.supervisor.worker import Backoff
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from gatekeeper.kernel.privileges import Identity
     from gatekeeper.supervisor.accepted import Accepted

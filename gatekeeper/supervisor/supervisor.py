@@ -117,8 +117,10 @@ class Supervisor:
         self._opener = listening.Opener(size, steering.new_key(), self._inherited)
         policy.opened = self._opener.open_all(endpoints(policy.meta), {})
         http = listening.open_http(endpoint(settings["metrics"]), self._inherited) if settings["metrics"] else None
-        for unused in self._inherited:
-            self._log.warning(f"no listener wants the inherited socket {unused.describe()}")
+        if self._inherited:
+            # Whoever opened them goes on taking connections there, and nobody would serve them.
+            names = ", ".join(unused.describe() for unused in self._inherited)
+            raise ListenError(f"no listener in {self._options.path} wants the inherited {names}")
         identity = privileges.who_to_become()
         crew = Crew(
             self._loop, self._log, self._options.commands, identity, size, self._options.stuck_after_s, self._state
@@ -223,11 +225,11 @@ class Supervisor:
             if failure is None:
                 old.close()
                 for opened in self._closing:
-                    opened.close()
+                    opener.close(opened)
                 crew.bring_up_to_date()
             else:
                 for opened in fresh.values():
-                    opened.close()
+                    opener.close(opened)
                 new.close()
             self._closing = []
             self._reloaded_or_not(failure)
@@ -249,7 +251,7 @@ class Supervisor:
             self._warn_of_settings(crew.policy.meta["settings"])
         else:
             self._log.error(f"{failure}\nreload failed: the policy {crew.policy.name} stays in force")
-        crew.event("reload", successful=failure is None, error=failure, policy=self._digest())
+        crew.event("reload", success=failure is None, error=failure, policy=self._digest())
         crew.tell_state()
         if not self._stopping:
             self._notifier.ready(self._summary())

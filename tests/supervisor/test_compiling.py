@@ -1,0 +1,104 @@
+"""The compiler seen from the supervisor: whatever becomes of it, there is one result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gatekeeper.supervisor.compiling import Compilation, Compiled
+from gatekeeper.supervisor.loop import Loop
+
+Compile = Callable[..., Compiled]
+ARGUMENTS = """
+import json, os, signal, sys, time
+snapshot, report = (int(sys.argv[sys.argv.index(name) + 1]) for name in ("--snapshot", "--report"))
+"""
+GOOD = {"accepted": True, "unreadable": False, "problems": [], "text": "", "failure": None}
+
+
+@pytest.fixture
+def compile_with() -> Iterator[Compile]:
+    """Run a compilation with a script in the compiler's place and return its result."""
+    owned: list[int] = []
+    before = len(os.listdir("/proc/self/fd"))
+
+    def run(script: str, patience_s: float = 20.0) -> Compiled:
+        results: list[Compiled] = []
+        compilation: Compilation
+
+        def signalled(number: int) -> None:
+            if number == signal.SIGCHLD:
+                compilation.poll()
+
+        def done(compiled: Compiled) -> None:
+            results.append(compiled)
+            loop.stop(0)
+
+        with Loop(signalled) as loop:
+            compilation = Compilation(loop, [sys.executable, "-c", ARGUMENTS + script], "rules.yaml", done, patience_s)
+            loop.later(30, lambda: loop.stop(1))
+            assert loop.run() == 0
+        (result,) = results
+        if result.snapshot_fd is not None:
+            owned.append(result.snapshot_fd)
+        return result
+
+    yield run
+    for fd in owned:
+        os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_snapshot_comes_out(compile_with: Compile) -> None:
+    """What the compiler wrote is handed on, also when it is reported in many pieces."""
+    result = compile_with(f"""
+os.write(snapshot, b"bytes")
+for part in json.dumps({GOOD!r} | dict(text="x" * 300000)).partition("xx"):
+    os.write(report, part.encode())
+""".replace('os.write(report, part.encode())', 'open(report, "wb", closefd=False).write(part.encode())'))
+    assert result.snapshot_fd is not None
+    assert os.pread(result.snapshot_fd, 10, 0) == b"bytes"
+    assert (len(result.text), result.failure) == (300000, None)
+
+
+def test_problems_come_out(compile_with: Compile) -> None:
+    """A refused file has problems and no snapshot."""
+    report = json.dumps(GOOD | {"accepted": False, "problems": [{}, {}], "text": "rules.yaml:1:1: what [x]"})
+    assert compile_with(f"os.write(report, {report!r}.encode())") == Compiled(None, "rules.yaml:1:1: what [x]", 2)
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("", "exited with 0 without a report"),
+        ("sys.exit(5)", "exited with 5 without a report"),
+        ("os.write(report, b'{}')", "exited with 0 without a report"),
+        ("os.write(report, b'[' * 50000)", "without a report"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV without a report"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was killed (out of memory?)"),
+        ("while True: os.write(report, b' ' * 60000)", "was killed"),
+    ],
+)
+def test_a_compiler_that_fails(compile_with: Compile, script: str, why: str) -> None:
+    """However the compiler ends without a report, that is what is said, and the file is named."""
+    result = compile_with(script)
+    assert result.snapshot_fd is None
+    assert result.failure is not None
+    assert why in result.failure
+    assert "rules.yaml" in result.failure
+
+
+def test_a_compiler_that_hangs(compile_with: Compile) -> None:
+    """A compiler that takes too long is killed and said to have taken too long."""
+    began = time.monotonic()
+    assert compile_with("time.sleep(60)", 0.3).failure == "compiling rules.yaml took longer than 0.3 s"
+    assert time.monotonic() - began < 20
+
+

@@ -1,0 +1,46 @@
+"""What the service says about itself."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+from gatekeeper.supervisor.log import Log, printable
+
+
+def test_one_fact_a_line() -> None:
+    """Errors and warnings say so, text of several lines keeps one prefix a line, and there are no priorities."""
+    stream = io.StringIO()
+    log = Log(stream, {})
+    log.info("serving")
+    log.warning("careful")
+    log.error("one\ntwo")
+    log.plain("rules.yaml:1:1: what\n  |", error=True)
+    assert stream.getvalue() == (
+        "gatekeeper: serving\ngatekeeper: warning: careful\ngatekeeper: error: one\ngatekeeper: error: two\n"
+        "rules.yaml:1:1: what\n  |\n"
+    )
+
+
+def test_priorities_for_the_journal_only(folder: Path) -> None:
+    """Lines carry priorities exactly when JOURNAL_STREAM names the very stream they go to."""
+    for matches in (True, False):
+        path = folder / f"{matches}"
+        with path.open("w") as stream:
+            status = os.fstat(stream.fileno())
+            Log(stream, {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not matches)}"}).warning("careful")
+        assert path.read_text() == ("<4>" if matches else "") + "gatekeeper: warning: careful\n"
+
+
+def test_a_stream_that_is_gone() -> None:
+    """Nobody reading is no reason to stop serving."""
+    stream = io.StringIO()
+    stream.close()
+    Log(stream, {}).info("hello?")
+
+
+def test_words_of_others_stay_in_their_line() -> None:
+    """Text from another process cannot add lines or move the cursor, and cannot be endless."""
+    assert printable("a\nb\x1b[2Jc") == "a?b?[2Jc"
+    assert len(printable("x" * 10000)) == 500
