@@ -20,6 +20,11 @@ from bench.native import Backend
 from bench.processes import BenchError, echoes, family, free_port, stop, wait_until
 
 RULES = 1000
+RUN = "-m gatekeeper run {config}"
+WORKER_ALONE = (
+    "-m bench.worker_alone --tcp {tcp} --udp {udp} --refused {refused} "
+    "--backend-tcp {backend_tcp} --backend-udp {backend_udp}"
+)
 NGINX_STREAM = ("/usr/lib/nginx/modules/ngx_stream_module.so", "/usr/lib64/nginx/modules/ngx_stream_module.so")
 
 
@@ -196,7 +201,7 @@ def start_gatekeeper(backend: Backend, directory: str, command: str | None = Non
     ports = ports_for("tcp", "udp", "refused", "metrics")
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = write(directory, "gatekeeper.yaml", rule_file(ports, backend, directory))
-    line = shlex.split(command or f"{shlex.quote(sys.executable)} -m gatekeeper run {{config}}")
+    line = shlex.split(command or f"{shlex.quote(sys.executable)} {RUN}")
     places = {"config": path, "backend_tcp": backend.tcp, "backend_udp": backend.udp, **ports}
     words = [re.sub(r"\{(\w+)\}", lambda found: str(places.get(found[1], found[0])), word) for word in line]
     process = start("gatekeeper", words, directory, ports["tcp"], cwd=home)

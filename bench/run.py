@@ -6,7 +6,9 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,7 +16,15 @@ from typing import Any
 
 from bench.envoy import start_envoy
 from bench.native import Backend, compile_load
-from bench.peers import System, raise_file_limit, start_direct, start_gatekeeper, start_haproxy, start_nginx
+from bench.peers import (
+    WORKER_ALONE,
+    System,
+    raise_file_limit,
+    start_direct,
+    start_gatekeeper,
+    start_haproxy,
+    start_nginx,
+)
 from bench.processes import BenchError
 from bench.report import heading, machine, scenario_table
 from bench.scenarios import IDLE, NAMES, SCENARIOS
@@ -66,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="CMD",
         help="how to start gatekeeper; {config} is the rule file (default: gatekeeper run)",
     )
+    made.add_argument("--worker-alone", action="store_true", help="one worker without supervisor and observer")
     made.add_argument("--no-gatekeeper", action="store_true", help="leave gatekeeper out")
     made.add_argument(
         "--idle", type=int, default=2000, metavar="N", help="sessions for the memory measurement (default 2000)"
@@ -135,7 +146,10 @@ def measure(options: argparse.Namespace, systems: list[System], program: str) ->
 def main(argv: list[str] | None = None) -> int:
     """Return 0, or 3 when the comparison could not be made."""
     options = parser().parse_args(argv)
+    if options.worker_alone:
+        options.gatekeeper = f"{shlex.quote(sys.executable)} {WORKER_ALONE}"
     raise_file_limit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     directory = options.keep or tempfile.mkdtemp(prefix="gatekeeper-bench-")
     os.makedirs(directory, exist_ok=True)
     systems: list[System] = []
