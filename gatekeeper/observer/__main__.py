@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import importlib
 import signal
 import socket
 import sys
@@ -26,6 +27,8 @@ from gatekeeper.observer.sink import Sink
 from gatekeeper.observer.state import Service
 from gatekeeper.observer.web import make_app, serve
 
+# What libraries would import when they first need it: by then we may be a user who cannot read their files.
+NEEDED_LATER = ("concurrent.futures.thread", "encodings.ascii", "encodings.idna", "encodings.latin_1", "uvicorn.lifespan.off")
 PATIENCE_S = 3.0  # with an audit log that does not take the last lines; the supervisor kills after 5
 
 
@@ -34,6 +37,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m gatekeeper.observer", description=__doc__)
     parser.add_argument("--channel", type=int, required=True, metavar="FD", help="our end of the control channel")
     channel = Channel(socket.socket(fileno=parser.parse_args(argv).channel))
+    for module in NEEDED_LATER:
+        importlib.import_module(module)
     try:
         start, fds = channel.receive()
     except ChannelClosed:
@@ -59,8 +64,9 @@ async def _run(channel: Channel, start: dict[str, Any], fds: list[int]) -> None:
     renderer.catch_up, control.before_event = control.catch_up, events.read_all
     control.watch(loop)
     events.watch(loop)
-    loop.add_signal_handler(signal.SIGTERM, control.ended.set)
-    channel.send({"op": "ready"})
+    loop.add_signal_handler(signal.SIGTERM, control.end)
+    with contextlib.suppress(ChannelClosed):  # reading from the channel ends us then
+        channel.send({"op": "ready"})
 
     def lost() -> list[tuple[str, int]]:
         return [("audit", sink.lost if sink is not None else 0), ("malformed", renderer.malformed)]

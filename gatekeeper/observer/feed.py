@@ -79,7 +79,7 @@ class Events:
 
 
 class Control:
-    """The supervisor's channel. Owns it. `ended` is set when the supervisor is gone, `told` once it has said all."""
+    """The supervisor's channel. Owns it. `ended`: the supervisor is gone. `told`: it has said all it had to say, or ended."""
 
     def __init__(self, channel: Channel, service: Service, renderer: Renderer, sink: Sink | None) -> None:
         self.ended = asyncio.Event()
@@ -103,7 +103,7 @@ class Control:
             except BlockingIOError:
                 return
             except ChannelClosed:
-                self.ended.set()
+                self.end()
                 return
             except ValueError as err:
                 say(f"unreadable message of the supervisor: {err}")
@@ -115,6 +115,11 @@ class Control:
             finally:
                 for fd in fds:
                     os.close(fd)
+
+    def end(self) -> None:
+        """Let everybody who waits know that it is over."""
+        self.ended.set()
+        self.told.set()
 
     def _act(self, message: dict[str, Any], fds: list[int]) -> None:
         """Act on one message; descriptors that are left in ``fds`` are closed by the caller."""

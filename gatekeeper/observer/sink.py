@@ -96,6 +96,7 @@ class Sink:
         self._missing = 0  # lost lines that the log does not know of yet
         self._closing = False
         self._failing = False
+        self._gave_up = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
@@ -127,12 +128,15 @@ class Sink:
             self._changed.notify()
 
     def close(self, patience_s: float) -> bool:
-        """Write what waits, for at most ``patience_s``; say whether all of it was written."""
+        """Write what waits, for at most ``patience_s``, and close the target; say whether all of it was written.
+
+        A target that fails is not waited for.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(patience_s)
-        return not self._thread.is_alive()
+        return not (self._thread.is_alive() or self._gave_up)
 
     def _confess(self) -> None:
         line = service_event({"event_type": "events_lost", "class": "audit", "count": self._missing}, time.time())
@@ -143,14 +147,14 @@ class Sink:
         self._changed.notify()
 
     def _run(self) -> None:
-        while True:
+        while not self._gave_up:
             with self._changed:
                 while not (self._waiting or self._closing or self._next_target):
                     self._changed.wait()
                 self._exchange()
                 if not self._waiting:
                     if self._closing:
-                        return
+                        break
                     continue
                 data = self._waiting.popleft()
             self._write(memoryview(data))
@@ -158,6 +162,7 @@ class Sink:
                 self._waiting_bytes -= len(data)
                 if self._missing and not self._waiting:
                     self._confess()
+        self._target.close()
 
     def _write(self, data: memoryview) -> None:
         done = 0
@@ -165,6 +170,9 @@ class Sink:
             try:
                 written = self._target.write(data[done:])
             except OSError as err:
+                if self._closing and not self._next_target:
+                    self._gave_up = True
+                    return
                 self._wait_after(err)
             else:
                 done += written
@@ -180,8 +188,7 @@ class Sink:
             self._failing = True
             say(f"the audit log cannot be written, trying again every {RETRY_S:g} s: {err.strerror}")
         with self._changed:
-            if not self._next_target:
-                self._changed.wait_for(lambda: self._next_target is not None, RETRY_S)
+            self._changed.wait_for(lambda: self._next_target is not None or self._closing, RETRY_S)
 
     def _exchange(self) -> bool:
         if self._next_target is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
@@ -130,10 +131,12 @@ def make_app(service: Service, registry: CollectorRegistry, lost: Callable[[], S
         return PlainTextResponse(f"{why_not or 'ready'}\n", 503 if why_not else 200, headers=page.HEADERS)
 
     async def status_json(_request: Request) -> Response:
-        return JSONResponse(page.status(service, lost()), headers=page.HEADERS)
+        # ASCII: a path may hold what UTF-8 cannot say.
+        return Response(json.dumps(page.status(service, lost())), media_type="application/json", headers=page.HEADERS)
 
     async def status_page(_request: Request) -> Response:
-        return HTMLResponse(page.render(page.status(service, lost())), headers=page.HEADERS)
+        text = page.render(page.status(service, lost()))
+        return HTMLResponse(text.encode("utf-8", "backslashreplace"), headers=page.HEADERS)
 
     handlers = {
         "/metrics": metrics,
@@ -142,14 +145,19 @@ def make_app(service: Service, registry: CollectorRegistry, lost: Callable[[], S
         "/status.json": status_json,
         "/": status_page,
     }
-    return Starlette(routes=[Route(path, handler, methods=["GET"]) for path, handler in handlers.items()])
+    app = Starlette(routes=[Route(path, handler, methods=["GET"]) for path, handler in handlers.items()])
+    app.router.redirect_slashes = False  # a redirect would repeat the Host that a stranger made up
+    return app
 
 
 def _exposition(
     registry: CollectorRegistry, accept: str, encodings: str, wanted: list[str]
 ) -> tuple[bytes, str, str]:
     """Return body, content type and content encoding of the metrics, as the client asked for them."""
-    encoder, content_type = choose_encoder(accept)
+    try:
+        encoder, content_type = choose_encoder(accept)
+    except TypeError:  # a version that is no number
+        encoder, content_type = choose_encoder("")
     source = registry.restricted_registry(wanted) if wanted else registry
     body = encoder(source)
     if any(part.split(";")[0].strip().lower() == "gzip" for part in encodings.split(",")):

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from gatekeeper.errors import ChannelClosed
 from gatekeeper.kernel import memfd
 from gatekeeper.kernel.channel import Channel
 from gatekeeper.proxy.events import CONNECTION, RECORD
@@ -83,9 +84,11 @@ class Stage:
     """One observer process and everything around it. Use it as a context manager."""
 
     def __init__(
-        self, folder: Path, workers: int = 2, audit: str = "file", audit_fd: int | None = None, *, metrics: bool = True
-    ) -> None:
-        """``audit_fd`` (it stays the caller's) replaces the file ``audit.log`` in ``folder``."""
+        self, folder: Path, workers: int = 2, audit: str = "file", audit_fd: int | None = None, *, metrics: bool = True,
+        command: Sequence[str] = ("-m", "gatekeeper.observer"),
+    ) -> None:  # fmt: skip
+        """``audit_fd`` (it stays the caller's) replaces the file ``audit.log`` in ``folder``; ``command`` is for Python."""
+        self.command = command
         self.folder = folder
         self.audit_path = folder / "audit.log"
         self.audit = audit
@@ -122,13 +125,17 @@ class Stage:
 
     # -- the supervisor's part
 
-    def start(self, **changes: Any) -> Self:
-        """Start an observer (the one before, if any, is killed) and tell it everything; wait until it serves."""
+    def start(self, *, hang_up: bool = False, **changes: Any) -> Self:
+        """Start an observer (the one before, if any, is killed) and tell it everything; wait until it serves.
+
+        Raises:
+            ChannelClosed: it ended instead, or ``hang_up`` asked for the channel to be closed at once.
+        """
         self.kill()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, (self.folder / "stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gatekeeper.observer", "--channel", str(theirs.fileno())],
+                [sys.executable, "-P", *self.command, "--channel", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -146,6 +153,10 @@ class Stage:
             "supervisor_pid": os.getpid(), "audit": self.audit, "metrics": self.metrics,
         }  # fmt: skip
         self.channel.send({**start, **changes}, [*fds, *(sock.fileno() for sock in self._theirs)])
+        if hang_up:
+            self.channel.close()
+            self.channel = None
+            raise ChannelClosed("as asked")
         for index in range(len(self.events)):
             self.tell_counters(index)
         self.tell_policy()
