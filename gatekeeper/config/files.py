@@ -1,0 +1,173 @@
+"""Reading the files that a rule file consists of: each once, with its limits, its rights and its digest.
+
+What is read is a policy, so whoever may write it decides who gets in: a file that its group or others may write is
+refused. A list file may be large, and is read by `lists`; everything else is YAML of at most 4 MiB.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import stat
+
+from gatekeeper.config.problems import Problem, Severity
+from gatekeeper.config.tree import Spot, Value, decode, parse
+from gatekeeper.config.words import quote
+from gatekeeper.policy.model import Place
+
+SIZE_MOST_BYTES = 4 << 20
+FILES_MOST = 1000
+PROBLEMS_MOST = 1000  # a file with more is not what it claims to be
+
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO must not hold up a reload
+
+
+class Refused(Exception):
+    """A file cannot or must not be read; the message says why."""
+
+
+class Files:
+    """The files of one load: their trees, texts, digests, and everything that is wrong with them."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.texts: dict[str, str] = {}
+        self.read: list[str] = []
+        self._hash = hashlib.sha256()
+
+    def error(self, spot: Spot, code: str, message: str) -> None:
+        """Record an error."""
+        self.problems.append(Problem(spot.place, Severity.ERROR, code, message, spot.length))
+
+    def warn(self, spot: Spot, code: str, message: str) -> None:
+        """Record a warning."""
+        self.problems.append(Problem(spot.place, Severity.WARNING, code, message, spot.length))
+
+    def document(self, path: str, text: bytes | None, named_at: Spot) -> Value | None:
+        """Return the tree of a YAML file, ``None`` when it is empty or cannot be read (with a problem).
+
+        ``text`` is its content when the caller has it; ``named_at`` is where problems of the file as a whole are.
+        """
+        if text is None:
+            try:
+                text = read(path)
+            except Refused as err:
+                self.error(named_at, "file", str(err))
+                return None
+        if len(text) > SIZE_MOST_BYTES:
+            self.error(named_at, "file", f"{path} is larger than {SIZE_MOST_BYTES >> 20} MiB: move addresses to a list file")
+            return None
+        self.note(path, hashlib.sha256(text).hexdigest())
+        decoded = decode(path, text, self.problems)
+        self.texts[path] = text.decode("utf-8-sig", "replace") if decoded is None else decoded
+        return None if decoded is None else parse(path, decoded, self.problems)
+
+    def note(self, path: str, digest: str) -> None:
+        """Take a file into the digest, in the order of reading."""
+        self.read.append(path)
+        self._hash.update(f"{digest}\n".encode())
+
+    def digest(self) -> str:
+        """Return the SHA-256 over the contents of all files so far, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    def expand(self, rules: Value, chain: tuple[str, ...]) -> list[Value]:
+        """Return the rules of a list with those of included files in place of each ``include``.
+
+        ``chain`` names the files that are being read, from the rule file to the one that ``rules`` stands in.
+        """
+        found: list[Value] = []
+        for item in rules.data if isinstance(rules.data, list) else ():
+            include = item.get("include")
+            if include is None:
+                found.append(item)
+            elif self._stands_alone(item) and isinstance(include.data, str):
+                for path in self._matching(include):
+                    found += self._included(path, include.spot, chain)
+            elif not isinstance(include.data, str):
+                self.error(item.keys["include"], "rule.include", "include is a path or a pattern, like rules.d/*.yaml")
+        return found
+
+    def _stands_alone(self, item: Value) -> bool:
+        others = [key for key in item.keys if key != "include"]
+        for key in others:
+            self.error(item.keys[key], "rule.include", f"an include stands alone: move {quote(key)} to a rule of its own")
+        return not others
+
+    def _matching(self, include: Value) -> list[str]:
+        """Return the files that an include names, in byte order; a pattern may match none, a path must exist."""
+        pattern = str(include.data)
+        folder = os.path.dirname(include.spot.place.file)
+        if not pattern or "\0" in pattern:
+            self.error(include.spot, "rule.include", "include is empty: write a path or a pattern, like rules.d/*.yaml")
+            return []
+        if not glob.has_magic(pattern):
+            return [os.path.join(folder, pattern)]
+        names = sorted(glob.glob(pattern, root_dir=folder or None), key=os.fsencode)
+        if not names:
+            self.warn(include.spot, "rule.include", f"no file matches {quote(pattern)}, so no rule stands here")
+        return [os.path.join(folder, name) for name in names]
+
+    def _included(self, path: str, spot: Spot, chain: tuple[str, ...]) -> list[Value]:
+        real = os.path.realpath(path)
+        if real in chain:
+            self.error(spot, "rule.include", f"{path} includes itself: remove it from here")
+            return []
+        if len(self.read) >= FILES_MOST:
+            self.error(spot, "rule.include", f"more than {FILES_MOST} files: {path} was not read")
+            return []
+        before = len(self.problems)
+        root = self.document(path, None, spot)
+        if root is None or root.data is None:
+            if len(self.problems) == before:
+                self.warn(Spot(Place(path, 1, 1), 1), "rule.include", "this included file has no rules")
+            return []
+        if not isinstance(root.data, list):
+            hint = ": write only the list that stands under it" if root.get("rules") is not None else ""
+            self.error(root.spot, "rule.include", f'an included file is a list of rules ("- name: ..."){hint}')
+            return []
+        return self.expand(root, (*chain, real))
+
+
+def read(path: str) -> bytes:
+    """Return what is in a rule file; one byte more than is allowed shows that it is too large.
+
+    Raises:
+        Refused: it cannot or must not be read.
+    """
+    try:
+        fd = os.open(path, _OPEN_FLAGS)
+        with open(fd, "rb", buffering=0) as file:
+            _check(path, os.fstat(fd))
+            return file.read(SIZE_MOST_BYTES + 1) or b""
+    except (OSError, ValueError) as err:
+        raise Refused(f"cannot read {path}: {getattr(err, 'strerror', None) or err}") from err
+
+
+def check_readable(path: str) -> None:
+    """Check that a list file may be read, without reading it.
+
+    Raises:
+        Refused: it cannot or must not be read.
+    """
+    try:
+        fd = os.open(path, _OPEN_FLAGS)
+        try:
+            _check(path, os.fstat(fd))
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as err:
+        raise Refused(f"cannot read {path}: {getattr(err, 'strerror', None) or err}") from err
+
+
+def writable_by(mode: int) -> str:
+    """Return who beside the owner may write a file of this mode, "" when nobody may."""
+    return "everybody" if mode & stat.S_IWOTH else "its group" if mode & stat.S_IWGRP else ""
+
+
+def _check(path: str, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise Refused(f"{path} is not a regular file")
+    if who := writable_by(found.st_mode):
+        raise Refused(f"{path} may be written by {who}, who could let anybody in: chmod go-w {path}")
