@@ -68,7 +68,8 @@ def compile_policy(policy: Policy) -> Table:
     details += [(index, None, Action.DENY, Reason.MAX_SESSIONS) for index in range(len(policy.listeners))]
     v4_starts, v4_class = v4.table(classes)
     v6_starts, v6_class = v6.table(classes)
-    assert isinstance(v4_starts, array) and isinstance(v6_starts, Wide)
+    assert isinstance(v4_starts, array)
+    assert isinstance(v6_starts, Wide)
     return Table(
         v4=_packed(v4_starts, v4_class),
         v6_high=v6_starts.high,
@@ -218,7 +219,7 @@ class _Interleaved:
                 latest = here
             there = classes[mask ^ self._bits] if low < high else here
             if here != there:
-                starts.extend(self._bounds[low:high])  # type: ignore[arg-type]  # one family, one kind of bounds
+                starts.extend(self._bounds[low:high])
                 found.extend((array("I", (there, here)) * ((high - low + 1) // 2))[: high - low])
                 latest = found[-1]
         return starts, found

@@ -21,7 +21,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, compress, islice, repeat
-from operator import and_, lshift, lt, or_, rshift
+from operator import add, and_, lshift, lt, or_, rshift
 from typing import ClassVar, Self, TypeAlias, overload
 
 LOW64 = (1 << 64) - 1
@@ -46,7 +46,7 @@ def format_source(family: int, address: int) -> str:
     return str(ipaddress.IPv4Address(address) if family == 4 else ipaddress.IPv6Address(address))
 
 
-class Wide:
+class Wide(Sequence[int]):
     """A compact sequence of unsigned 128-bit integers, as two arrays of halves."""
 
     __slots__ = ("high", "low")
@@ -66,11 +66,11 @@ class Wide:
     @overload
     def __getitem__(self, index: slice) -> Wide: ...
     def __getitem__(self, index: int | slice) -> int | Wide:
-        if isinstance(index, int):
-            return self.high[index] << 64 | self.low[index]
-        part = Wide()
-        part.high, part.low = self.high[index], self.low[index]
-        return part
+        if isinstance(index, slice):
+            part = Wide()
+            part.high, part.low = self.high[index], self.low[index]
+            return part
+        return int(self.high[index]) << 64 | int(self.low[index])
 
     def __setitem__(self, index: slice, values: Wide) -> None:
         self.high[index] = values.high
@@ -85,7 +85,9 @@ class Wide:
         self.high.append(value >> 64)
         self.low.append(value & LOW64)
 
-    def extend(self, values: Wide) -> None:
+    def extend(self, values: Iterable[int]) -> None:
+        if not isinstance(values, Wide):
+            values = Wide(list(values))
         self.high.extend(values.high)
         self.low.extend(values.low)
 
@@ -115,8 +117,9 @@ class Ranges:
         return cls(family, _join(family, [first for first, _ in listed], [last + 1 for _, last in listed]))
 
     @classmethod
-    def joined(cls, family: int, starts: array[int], ends: array[int]) -> Self:
-        """Return the union of ``[starts[i], ends[i])``, any order. Large input; arrays keep the memory small."""
+    def joined(cls, family: int, starts: Bounds, lasts: Bounds) -> Self:
+        """Return the union of the inclusive ranges ``starts[i]-lasts[i]`` in any order; compact for large input."""
+        ends: Sequence[int] = list(map(add, lasts, repeat(1))) if family == 6 else _behind(lasts)
         return cls(family, _join(family, starts, ends))
 
     def __len__(self) -> int:
@@ -144,7 +147,7 @@ class Ranges:
             return Ranges(self.family, self.bounds[1:])
         out = bounds_from(self.family, ())
         out.append(0)
-        out.extend(self.bounds)  # type: ignore[arg-type]  # one family, one kind of bounds
+        out.extend(self.bounds)
         return Ranges(self.family, out)
 
     def __or__(self, other: Ranges) -> Ranges:
@@ -206,53 +209,55 @@ def _clip(small: Ranges, large: Ranges, *, outside: bool) -> Ranges:
         high = bisect_left(bounds, end, low)
         if (low & 1) != outside:
             out.append(first)
-        out.extend(bounds[low:high])  # type: ignore[arg-type]  # one family, one kind of bounds
+        out.extend(bounds[low:high])
         if (high & 1) != outside and end != limit:
             out.append(end)
     return Ranges(small.family, out)
 
 
+def _behind(lasts: Iterable[int]) -> array[int]:
+    """Return each address plus one; the address behind the last of all takes wider items."""
+    try:
+        return array("I", map(add, lasts, repeat(1)))
+    except OverflowError:
+        return array("Q", map(add, lasts, repeat(1)))
+
+
 def _join(family: int, starts: Sequence[int], ends: Sequence[int]) -> Bounds:
-    """Return the bounds of the union of ``[start, end)``; see the top of this module."""
+    """Return the bounds of the union of ``[start, end)`` in any order; see the top of this module."""
     if not starts:
         return bounds_from(family, ())
     if not all(map(lt, ends, islice(starts, 1, None))):
-        starts = _sorted(starts)
-        ends = _sorted(ends)
+        starts, ends = _like(starts, sorted(starts)), _like(ends, sorted(ends))
         gaps = bytes(map(lt, ends, islice(starts, 1, None)))
-        if not all(gaps):
-            starts, ends = (
-                [starts[0], *compress(islice(starts, 1, None), gaps)],
-                [*compress(ends, gaps), ends[-1]],
-            )
-    limit = 1 << BITS[family]
-    open_ended = ends[-1] == limit
-    if family == 4:
-        if open_ended:
-            ends = [*ends[:-1], 0]
-        narrow = array("I", bytes(8 * len(starts)))
-        narrow[0::2] = _narrow(starts)
-        narrow[1::2] = _narrow(ends)
-        if open_ended:
-            narrow.pop()
-        return narrow
-    if open_ended:
-        ends = [*ends[:-1], 0]
-    out = Wide()
-    out.high = array("Q", bytes(16 * len(starts)))
-    out.low = array("Q", bytes(16 * len(starts)))
-    out[0::2] = Wide(starts)
-    out[1::2] = Wide(ends)
-    return out[:-1] if open_ended else out
+        starts = _like(starts, chain(starts[:1], compress(islice(starts, 1, None), gaps)))
+        ends = _like(ends, chain(compress(ends, gaps), ends[-1:]))
+    if ends[-1] == 1 << BITS[family]:  # reaches the last address: no closing bound
+        return _alternating(family, starts, ends[:-1])
+    return _alternating(family, starts, ends)
 
 
-def _sorted(values: Sequence[int]) -> Sequence[int]:
-    """Return the values sorted, as compactly as they came."""
-    return array("I", sorted(values)) if isinstance(values, array) else sorted(values)
+def _alternating(family: int, starts: Sequence[int], ends: Sequence[int]) -> Bounds:
+    """Return the starts at even and the ends at odd places."""
+    if family == 6:
+        bounds = Wide()
+        bounds.high, bounds.low = (array("Q", bytes(8 * (len(starts) + len(ends)))) for _ in range(2))
+        bounds[0::2] = Wide(starts)
+        bounds[1::2] = Wide(ends)
+        return bounds
+    narrow = array("I", bytes(4 * (len(starts) + len(ends))))
+    narrow[0::2] = _narrow(starts)
+    narrow[1::2] = _narrow(ends)
+    return narrow
+
+
+def _like(values: Sequence[int], items: Iterable[int]) -> Sequence[int]:
+    """Return items as compactly as the values came that they replace."""
+    return array(values.typecode, items) if isinstance(values, array) else list(items)
 
 
 def _narrow(values: Sequence[int]) -> array[int]:
-    return values if isinstance(values, array) else array("I", values)
+    return values if isinstance(values, array) and values.typecode == "I" else array("I", values)
 
 
 class AddressSet:
@@ -316,6 +321,8 @@ class AddressSet:
         """Yield the fewest networks that cover exactly this set, as text, IPv4 first."""
         return chain(self.v4.networks(), self.v6.networks())
 
+
+MAPPED = Ranges.of(6, [(_MAPPED_PREFIX << 32, (_MAPPED_PREFIX << 32) + 0xFFFFFFFF)])  # no peer is ever one of these
 
 AddressSet.EMPTY = AddressSet.of()
 AddressSet.EVERYTHING = ~AddressSet.EMPTY

@@ -6,7 +6,6 @@ import json
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
 from itertools import islice
 from operator import lt
 from typing import Any
@@ -98,7 +97,7 @@ def _check_v4(v4: memoryview, classes: int) -> None:
     if not v4 or v4[0] >> 32:
         raise SnapshotError("the IPv4 table does not start at address 0")
     # Halves of 32 bits, copied: arrays are read three times as fast as views.
-    words = array("I", bytes(0))
+    words = array("I")
     words.frombytes(v4.cast("B"))
     first_is_start = struct.pack("=Q", 1) == struct.pack(">Q", 1)
     starts, found = (words[0::2], words[1::2]) if first_is_start else (words[1::2], words[0::2])
@@ -190,5 +189,3 @@ def _is_count(value: Any, limit: int) -> bool:
 def _require(holds: bool, what: str) -> None:
     if not holds:
         raise SnapshotError(f"the meta section is broken: {what}")
-
-
