@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ class Generator:
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
-            stop(self.process)
+            print(f"bench: {self.what}: does not end by itself", file=sys.stderr)
+        stop(self.process)
 
 
 def _line(process: subprocess.Popen[bytes], what: str) -> bytes:

@@ -173,7 +173,7 @@ def rule_file(ports: dict[str, int], backend: Backend, directory: str) -> str:
     """A gatekeeper rule file with 1,000 rules, of which the last three decide what the benchmark sends."""
     rules = [
         f"  - {{name: net-{i:04}, action: {('allow', 'deny', 'drop')[i % 3]}, from: 10.{i // 200}.{i % 200}.0/24, "
-        f"to: [tcp, udp], except: [10.{i // 200}.{i % 200}.1]}}"
+        f"to: [streams, datagrams], except: [10.{i // 200}.{i % 200}.1]}}"
         for i in range(RULES - 2)
     ]
     return f"""version: 1
@@ -181,14 +181,14 @@ workers: 1
 metrics: {{listen: 127.0.0.1:{ports["metrics"]}}}
 audit: {directory}/audit.log
 listeners:
-  - {{name: tcp, listen: 127.0.0.1:{ports["tcp"]}, backend: 127.0.0.1:{backend.tcp}}}
+  - {{name: streams, listen: 127.0.0.1:{ports["tcp"]}, backend: 127.0.0.1:{backend.tcp}}}
   - {{name: refused, listen: 127.0.0.1:{ports["refused"]}, backend: 127.0.0.1:{backend.tcp}}}
-  - {{name: udp, protocol: udp, listen: 127.0.0.1:{ports["udp"]}, backend: 127.0.0.1:{backend.udp}}}
+  - {{name: datagrams, protocol: udp, listen: 127.0.0.1:{ports["udp"]}, backend: 127.0.0.1:{backend.udp}}}
 default: deny
 rules:
 {chr(10).join(rules)}
   - {{name: turned-away, action: deny, from: 127.0.0.0/8, to: refused}}
-  - {{name: served, action: allow, from: 127.0.0.0/8, to: [tcp, udp]}}
+  - {{name: served, action: allow, from: 127.0.0.0/8, to: [streams, datagrams]}}
 """
 
 

@@ -124,3 +124,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(5)
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            pipe.close()
