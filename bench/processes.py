@@ -47,6 +47,21 @@ def cpu_ns(pids: list[int]) -> int:
     return total
 
 
+def role(pid: int) -> str:
+    """What a process is, in a word: the module that Python runs, or the words of its title that say it; "" when gone."""
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            words = file.read().replace("\0", " ").split()
+    except OSError:
+        return ""
+    if "-m" in words[:-1]:
+        module = words[words.index("-m") + 1]
+        return {"gatekeeper": "supervisor", "gatekeeper.proxy": "worker", "gatekeeper.observer": "observer"}.get(
+            module, module
+        )
+    return " ".join(words[1:2]) if words and words[0].endswith(":") else os.path.basename(words[0]) if words else ""
+
+
 def settle(pids: list[int]) -> None:
     """Wait until ``pids`` rest, so that what a turn left behind (closes, audit lines) is paid within it. At most 0.4 s."""
     deadline = time.monotonic() + SETTLE_LIMIT_S

@@ -65,6 +65,10 @@ def scenario_table(record: dict[str, Any]) -> str:
             _ratio(record["ratios"].get(name)), f"{machine_ratio['median']:.3f}" if machine_ratio else "",
         ])  # fmt: skip
     lines = [f"{record['name']}: {record['title']}", *_columns(rows)]
+    shares = record["systems"].get(subject, {}).get("shares", {})
+    if len(shares) > 1:
+        parts = [f"{what} {_number(share / scale)}" for what, share in shares.items()]
+        lines.append(f"  {subject} by process, CPU {unit}/{record['unit']}: {', '.join(parts)}")
     itself = record.get("nginx_to_itself")
     if itself:
         lines.append(f"  nginx ÷ nginx again: {_ratio(itself)}")

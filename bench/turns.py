@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.native import Generator
 from bench.peers import System
-from bench.processes import cpu_ns, memory_bytes, settle
+from bench.processes import cpu_ns, memory_bytes, role, settle
 from bench.scenarios import Scenario
 
 AGAIN = "nginx again"  # a second turn of nginx in every round: how far the method can be trusted
@@ -40,6 +40,7 @@ class Turn:
     errors: int
     units: float
     cores: float  # how many cores the system kept busy
+    shares: dict[str, float]  # cpu_us by what the process is
 
 
 def views(systems: Sequence[System], scenario: Scenario) -> list[View]:
@@ -59,10 +60,13 @@ def take_turn(view: View, generator: Generator, scenario: Scenario, seconds: flo
     """Drive ``view`` once; None when nothing at all was done."""
     own = view.system.pids()
     others = [generator.process.pid, view.system.backend.process.pid]
-    before_own, before_others = cpu_ns(own), cpu_ns(others)
+    before_own, before_others = {pid: cpu_ns([pid]) for pid in own}, cpu_ns(others)
     result = generator.turn(seconds)
     settle(own + others)
-    spent = cpu_ns(own) - before_own
+    shares: dict[str, float] = {}
+    for pid in own:
+        shares[role(pid)] = shares.get(role(pid), 0.0) + cpu_ns([pid]) - before_own[pid]
+    spent = sum(shares.values())
     everything = spent + cpu_ns(others) - before_others
     units = result.units / scenario.per
     if not units:
@@ -77,6 +81,7 @@ def take_turn(view: View, generator: Generator, scenario: Scenario, seconds: flo
         errors=result.errors,
         units=units,
         cores=spent / 1e9 / result.seconds,
+        shares={what: share / 1000 / units for what, share in shares.items()},
     )
 
 
@@ -144,6 +149,8 @@ def record(scenario: Scenario, taken: dict[str, list[Turn | None]]) -> dict[str,
         figures.update(
             turns=len(done), units=units, lost=sum(turn.lost for turn in done), errors=sum(turn.errors for turn in done)
         )
+        roles = dict.fromkeys(what for turn in done for what in turn.shares)
+        figures["shares"] = {what: statistics.median(turn.shares.get(what, 0.0) for turn in done) for what in roles}
         document["systems"][name] = figures
         pairs = [(ours, theirs) for ours, theirs in zip(taken[subject or ""], turns, strict=True) if ours and theirs]
         if name != subject and pairs:

@@ -78,7 +78,7 @@ def test_only_loopback_is_ever_loaded(program: str, target: str) -> None:
 
 def turn(cpu_us: float, units: float = 1000) -> Turn:
     """Return a turn that cost this much."""
-    return Turn(cpu_us, 2 * cpu_us, 1000.0, 1.0, 2.0, 0, 0, units, 0.5)
+    return Turn(cpu_us, 2 * cpu_us, 1000.0, 1.0, 2.0, 0, 0, units, 0.5, {"worker": cpu_us})
 
 
 def test_ratios_are_taken_within_a_round() -> None:
