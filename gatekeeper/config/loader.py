@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from gatekeeper.config import files as reading
 from gatekeeper.config.crosscheck import crosscheck
+from gatekeeper.config.fields import Names
 from gatekeeper.config.files import Files
 from gatekeeper.config.lists import ListFile, load_list
 from gatekeeper.config.messages import explain
-from gatekeeper.config.models import Names, RuleFile
+from gatekeeper.config.models import RuleFile
 from gatekeeper.config.problems import Problem, Severity
 from gatekeeper.config.resolve import resolve
 from gatekeeper.config.tree import Spot, Value

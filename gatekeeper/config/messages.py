@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gatekeeper.config.models import MODELS, IncludeModel, RuleFile, Strict, describe
+from gatekeeper.config.fields import describe
+from gatekeeper.config.models import MODELS, IncludeModel, RuleFile, Strict
 from gatekeeper.config.problems import Problem, Severity
 from gatekeeper.config.tree import BROKEN, Spot, Value
 from gatekeeper.config.words import listed, nearest, quote

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gatekeeper.config.crosscheck import absolute
+from gatekeeper.config.fields import ANY, Member
 from gatekeeper.config.lists import ListFile
-from gatekeeper.config.models import ANY, ListenerModel, Member, MetricsModel, RuleFile, RuleModel, SetFile, TestModel
+from gatekeeper.config.models import ListenerModel, MetricsModel, RuleFile, RuleModel, SetFile, TestModel
 from gatekeeper.config.tree import Value
 from gatekeeper.policy.model import (
     Backend,
