@@ -87,7 +87,7 @@ class ServiceCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family, all from one reading of the counters; always the same ones, some of them still empty."""
-        service = self._service
+        service = self._service.frozen()
         totals = service.totals()
         yield _connections(service, totals)
         yield from _listeners(service, totals)

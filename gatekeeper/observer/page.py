@@ -44,6 +44,7 @@ def status(service: Service, lost: Sequence[tuple[str, int]], now_s: float | Non
 
     Counters are since the start of the service; ``policy`` is ``None`` before there is one.
     """
+    service = service.frozen()
     now_s = time.time() if now_s is None else now_s
     totals = service.totals()
     state = service.state

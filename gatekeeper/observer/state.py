@@ -7,19 +7,18 @@ as its predecessor did.
 from __future__ import annotations
 
 import fcntl
-import json
 import mmap
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import add
 from typing import Any
 
 from gatekeeper.errors import SnapshotError
 from gatekeeper.snapshot.bindings import Bindings
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, WORKER_SLOTS, ListenerSlot, WorkerSlot
-from gatekeeper.snapshot.layout import HEADER, MAGIC, SECTIONS
+from gatekeeper.snapshot.reader import Snapshot
 
 STALE_S = 5.0  # a worker's loop turns at least once a second
 
@@ -63,6 +62,10 @@ class Service:
     state: dict[str, Any] = field(default_factory=dict)
     counters: dict[int, memoryview] = field(default_factory=dict)  # worker -> slots
 
+    def frozen(self) -> Service:
+        """Return what is known now: pages and metrics are made in threads, while news may arrive."""
+        return replace(self)
+
     def map_counters(self, worker: int, fd: int) -> None:
         """Read this worker's counters from ``fd`` from now on; ``fd`` stays the caller's.
 
@@ -87,8 +90,8 @@ class Service:
             SnapshotError: one of them is not what it claims to be.
         """
         try:
-            with mmap.mmap(snapshot_fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
-                meta = _meta(memory)
+            # Mapped, because a table may be large and only its last section is wanted.
+            meta = Snapshot(memoryview(mmap.mmap(snapshot_fd, 0, mmap.MAP_SHARED, mmap.PROT_READ))).meta
             bindings = Bindings.from_json(_contents(bindings_fd))
         except (OSError, ValueError, KeyError, TypeError) as err:
             raise SnapshotError(f"not a policy: {err!r}") from err
@@ -135,21 +138,6 @@ class Service:
             if age_s > STALE_S:
                 return f"degraded: worker {index} has not answered for {age_s:.0f} s"
         return ""
-
-
-def _meta(memory: mmap.mmap) -> dict[str, Any]:
-    """Return the meta section of a snapshot.
-
-    Raises:
-        ValueError, TypeError: there is none.
-    """
-    if len(memory) < HEADER.size or memory[: len(MAGIC)] != MAGIC:
-        raise ValueError("not a snapshot")
-    offset, length = HEADER.unpack_from(memory)[1 + 2 * SECTIONS.index("meta") :][:2]
-    meta = json.loads(memory[offset : offset + length])
-    if not isinstance(meta, dict):
-        raise TypeError("the meta section of a snapshot is an object")
-    return meta
 
 
 def _contents(fd: int) -> bytes:

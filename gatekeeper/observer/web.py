@@ -109,12 +109,12 @@ async def serve(app: Starlette, listening: socket.socket) -> None:
 
 def make_app(service: Service, registry: CollectorRegistry, lost: Callable[[], Sequence[tuple[str, int]]]) -> Starlette:
     """Return the application: /metrics, /healthz, /readyz, / and /status.json, all read-only."""
+    # What grows with the policy is made in a thread, so that the audit log need not wait for it; and one at a time.
     one_at_a_time = asyncio.Lock()
 
     async def metrics(request: Request) -> Response:
         wanted = request.query_params.getlist("name[]")
         accept, encodings = request.headers.get("accept", ""), request.headers.get("accept-encoding", "")
-        # In a thread, so that a large policy does not keep the audit log waiting; and never two at once.
         async with one_at_a_time:
             body, content_type, encoding = await asyncio.to_thread(_exposition, registry, accept, encodings, wanted)
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
@@ -131,12 +131,14 @@ def make_app(service: Service, registry: CollectorRegistry, lost: Callable[[], S
         return PlainTextResponse(f"{why_not or 'ready'}\n", 503 if why_not else 200, headers=page.HEADERS)
 
     async def status_json(_request: Request) -> Response:
-        # ASCII: a path may hold what UTF-8 cannot say.
-        return Response(json.dumps(page.status(service, lost())), media_type="application/json", headers=page.HEADERS)
+        async with one_at_a_time:
+            body = await asyncio.to_thread(_status_json, service, lost())
+        return Response(body, media_type="application/json", headers=page.HEADERS)
 
     async def status_page(_request: Request) -> Response:
-        text = page.render(page.status(service, lost()))
-        return HTMLResponse(text.encode("utf-8", "backslashreplace"), headers=page.HEADERS)
+        async with one_at_a_time:
+            body = await asyncio.to_thread(_status_page, service, lost())
+        return HTMLResponse(body, headers=page.HEADERS)
 
     handlers = {
         "/metrics": metrics,
@@ -148,6 +150,15 @@ def make_app(service: Service, registry: CollectorRegistry, lost: Callable[[], S
     app = Starlette(routes=[Route(path, handler, methods=["GET"]) for path, handler in handlers.items()])
     app.router.redirect_slashes = False  # a redirect would repeat the Host that a stranger made up
     return app
+
+
+def _status_json(service: Service, lost: Sequence[tuple[str, int]]) -> bytes:
+    # ASCII: a path may hold what UTF-8 cannot say.
+    return json.dumps(page.status(service, lost), ensure_ascii=True).encode()
+
+
+def _status_page(service: Service, lost: Sequence[tuple[str, int]]) -> bytes:
+    return page.render(page.status(service, lost)).encode("utf-8", "backslashreplace")
 
 
 def _exposition(
