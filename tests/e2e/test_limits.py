@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -43,23 +44,23 @@ def test_an_idle_session_ends_after_the_idle_timeout(run_gate: Callable[..., Gat
 
 def test_a_half_closed_session_has_its_own_idle_timeout(run_gate: Callable[..., Gate]) -> None:
     """When one side has ended and the other stays silent, the session ends after half_close_timeout."""
-    port = free_port()
-    with TcpBackend(read_forever) as backend:
+    port, over = free_port(), threading.Event()
+
+    def say_nothing(connection: socket.socket) -> None:
+        read_to_end(connection)
+        over.wait(20)
+
+    with TcpBackend(say_nothing) as backend:
         gate = run_gate(open_policy(port, backend.address, "half_close_timeout: 1s"))
         with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
             client.sendall(b"that is all")
             client.shutdown(socket.SHUT_WR)
             with pytest.raises(ConnectionResetError):
                 client.recv(1)
+        over.set()
         (event,) = gate.wait_for_audit(1, "connection")
         assert event["gatekeeper"]["end"] == "half_close_timeout"
         assert event["gatekeeper"]["bytes_in"] == len(b"that is all")
-
-
-def read_forever(connection: socket.socket) -> None:
-    """Read to the end, then wait for the reset without saying anything."""
-    read_to_end(connection)
-    until(lambda: connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0, "the gate gives up")
 
 
 @pytest.mark.parametrize("client_first", [False, True], ids=["silent client", "client speaks"])
@@ -84,8 +85,7 @@ def test_a_backend_that_is_down_is_a_reset_and_comes_back(run_gate: Callable[...
     port, behind = free_port(), free_port()
     gate = run_gate(open_policy(port, f"127.0.0.1:{behind}", "connect_timeout: 1s"))
     for _ in range(3):
-        with Sources().connect("127.0.0.1", "127.0.0.1", port) as client, pytest.raises(ConnectionResetError):
-            client.recv(1)
+        assert Sources().is_refused("127.0.0.1", "127.0.0.1", port)
     gate.wait_for_value(3, "gatekeeper_backend_failures_total", cause="refused")
     with socket.create_server(("127.0.0.1", behind)) as server, Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
         server.settimeout(10)
@@ -99,8 +99,7 @@ def test_a_unix_backend_that_is_missing_is_counted(run_gate: Callable[..., Gate]
     """A backend socket that does not exist resets the client and is its own cause."""
     port = free_port()
     gate = run_gate(open_policy(port, "unix:/nonexistent/backend.sock", "connect_timeout: 1s"))
-    with Sources().connect("127.0.0.1", "127.0.0.1", port) as client, pytest.raises(ConnectionResetError):
-        client.recv(1)
+    assert Sources().is_refused("127.0.0.1", "127.0.0.1", port)
     gate.wait_for_value(1, "gatekeeper_backend_failures_total", cause="missing")
 
 
@@ -117,8 +116,7 @@ def test_max_sessions_over_all_workers(run_gate: Callable[..., Gate], workers: i
             assert ask(client) == b"are you there?"
             clients.append(client)
         for number in range(10):
-            with Sources().connect(f"127.1.{number}.1", "127.0.0.1", port) as over, pytest.raises(ConnectionResetError):
-                over.recv(1)
+            assert Sources().is_refused(f"127.1.{number}.1", "127.0.0.1", port)
         assert backend.connections == limit
         assert gate.scrape().value("gatekeeper_connections_total", action="deny", rule="", reason="max_sessions") == 10
         clients[0].close()

@@ -20,6 +20,7 @@ from tests.support.services import Dnsmasq, Nginx, Postgres, Prometheus, Redis, 
 from tests.support.wait import until
 
 FRIEND, STRANGER = "127.0.0.9", "127.0.9.9"
+CURL_WAS_RESET = {7, 56}  # while it waited for the connection, or afterwards
 RULES = """
 listeners:
   - name: {name}
@@ -76,8 +77,7 @@ def test_nginx_serves_friends_and_never_hears_of_strangers(run_gate: Callable[..
         assert (friend.returncode, friend.stdout) == (0, "behind the gate")
         seen = nginx.requests()
         stranger = run(["curl", "-sS", "--interface", STRANGER, url])
-        assert stranger.returncode == 56, stranger  # curl: failure in receiving network data
-        assert "reset" in stranger.stderr
+        assert stranger.returncode in CURL_WAS_RESET, stranger
         assert nginx.requests() == seen == 1
         verdicts = gate.scrape().verdicts()
         assert verdicts == {("web", "allow", "friends", "rule"): 1, ("web", "deny", "", "default"): 1}
@@ -100,7 +100,7 @@ def test_nginx_from_a_remote_network(
         friend = run([*curl, sources[0]], prefix=remote.exec_prefix())
         assert (friend.returncode, friend.stdout) == (0, "behind the gate"), friend
         stranger = run([*curl, sources[1]], prefix=remote.exec_prefix())
-        assert stranger.returncode == 56, stranger
+        assert stranger.returncode in CURL_WAS_RESET, stranger
         assert nginx.requests() == 1
 
 
@@ -201,8 +201,7 @@ def test_redis_benchmark(run_gate: Callable[..., Gate], folder: Path) -> None:
             assert done.returncode == 0, done
             assert '"SET"' in done.stdout and '"GET"' in done.stdout
             assert "error" not in (done.stdout + done.stderr).lower()
-        with Sources().connect(STRANGER, "127.0.0.1", port) as stranger, pytest.raises(ConnectionResetError):
-            stranger.recv(1)
+        assert Sources().is_refused(STRANGER, "127.0.0.1", port)
         gate.wait_for_value(0, "gatekeeper_sessions", listener="redis")
         scrape = gate.scrape()
         assert scrape.value("gatekeeper_connections_total", action="deny") == 1
@@ -226,8 +225,7 @@ def test_postgresql(run_gate: Callable[..., Gate], folder: Path) -> None:
         rows = psql("select n, repeat(md5(n::text), 4) from t order by n").stdout.splitlines()
         assert len(rows) == 100_000
         assert rows[-1] == "100000|" + hashlib.md5(b"100000").hexdigest() * 4
-        with Sources().connect(STRANGER, "127.0.0.1", port) as stranger, pytest.raises(ConnectionResetError):
-            stranger.recv(1)
+        assert Sources().is_refused(STRANGER, "127.0.0.1", port)
         assert gate.scrape().verdicts() == {
             ("database", "allow", "friends", "rule"): 2,
             ("database", "deny", "", "default"): 1,
@@ -263,7 +261,7 @@ def test_remote_clients_of_ssh_redis_and_postgresql(
         for command in commands.values():
             done = run(command, prefix=remote.exec_prefix())
             assert (done.returncode, done.stdout) == (0, "fine\n"), done
-        assert gate.reload(policy % "deny")["gatekeeper"]["success"]
+        assert gate.reload(policy % "deny")["successful"]
         for command in commands.values():
             done = run(command, prefix=remote.exec_prefix())
             assert done.returncode != 0, done
@@ -279,8 +277,7 @@ def test_prometheus_scrapes_the_gate(run_gate: Callable[..., Gate], folder: Path
         gate = run_gate(rules("redis", redis.port, port))
         with Sources().connect(FRIEND, "127.0.0.1", port) as friend:
             assert ask(friend, b"PING\r\n").startswith(b"+PONG")
-        with Sources().connect(STRANGER, "127.0.0.1", port) as stranger, pytest.raises(ConnectionResetError):
-            stranger.recv(1)
+        assert Sources().is_refused(STRANGER, "127.0.0.1", port)
         lint = subprocess.run(
             ["promtool", "check", "metrics"], input=gate.scrape().text, capture_output=True, text=True, check=False
         )

@@ -149,9 +149,10 @@ rules:
         with socket.socket(socket.AF_UNIX) as local:
             local.settimeout(PATIENCE_S)
             local.connect(str(path))
-            local.sendall(b"x" * BIG)
-            local.shutdown(socket.SHUT_WR)
+            sender = threading.Thread(target=send_and_end, args=(local, b"x" * BIG))
+            sender.start()
             assert len(read_to_end(local)) == BIG
+            sender.join()
         with socket.socket(socket.AF_UNIX) as local:
             local.settimeout(PATIENCE_S)
             local.connect(str(path_named))

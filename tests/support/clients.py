@@ -44,6 +44,15 @@ class Sources:
         return made
 
 
+    def is_refused(self, source: str, host: str, port: int) -> bool:
+        """Whether a connection is reset, while it is made or before it is answered."""
+        try:
+            with self.connect(source, host, port) as made:
+                return ask(made) == b""
+        except (ConnectionResetError, BrokenPipeError):
+            return True
+
+
 def ask(connection: socket.socket, words: bytes = b"are you there?") -> bytes:
     """Send ``words`` and return as many bytes of the answer; fewer when it ends before.
 
@@ -63,6 +72,13 @@ def send_and_end(connection: socket.socket, data: bytes) -> None:
     connection.shutdown(socket.SHUT_WR)
 
 
+def has_news(connection: socket.socket) -> bool:
+    """Whether bytes, an end or a reset have arrived."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def seen_over_tcp(connection: socket.socket) -> str:
     """Say what an echo client sees on a connection that was judged already.
 
@@ -70,7 +86,7 @@ def seen_over_tcp(connection: socket.socket) -> str:
     a word, and nobody was behind it when we spoke. ``end``: a clean end of stream, which no verdict may look like.
     """
     try:
-        if select.select([connection], [], [], 0)[0]:
+        if has_news(connection):
             return "end" if connection.recv(1) == b"" else "noise"
     except ConnectionResetError:
         return "reset"

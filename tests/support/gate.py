@@ -100,7 +100,7 @@ class Gate(Process):
         fresh.rename(self.rules_path)
 
     def reload(self, text: str | None = None) -> dict[str, Any]:
-        """Replace the file when ``text`` is given, send SIGHUP, and return the audit event that tells the outcome."""
+        """Replace the file when ``text`` is given, send SIGHUP, and return what the audit log says about the outcome."""
         if text is not None:
             self.write(text)
         return self._reload()
@@ -114,7 +114,8 @@ class Gate(Process):
         before = len(self.audit("reload"))
         self.signal(signal.SIGHUP)
         until(lambda: len(self.audit("reload")) > before, "the reload is in the audit log", within_s=20)
-        return self.audit("reload")[-1]
+        outcome: dict[str, Any] = self.audit("reload")[-1]["gatekeeper"]
+        return outcome
 
     def stop(self) -> int:
         """End it, without patience for live sessions. A traceback in its output or a child that stays fails the test."""

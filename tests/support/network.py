@@ -39,8 +39,8 @@ class RemoteNetwork:
         self._link = f"{name}-out"
         # 198.18.0.0/15 is set aside for tests of network devices, 2001:db8::/32 for documentation.
         v4, v6 = f"198.18.{number}", f"2001:db8:{number:x}"
-        self.gate_v4, self.gate_v6 = f"{v4}.1", f"{v6}::1"
-        self.network_v4, self.network_v6 = f"{v4}.128/25", f"{v6}:2::/64"
+        self.gate_v4, self.gate_v6 = f"{v4}.1", str(ipaddress.ip_address(f"{v6}::1"))
+        self.network_v4, self.network_v6 = f"{v4}.128/25", str(ipaddress.ip_network(f"{v6}:2::/64"))
         first_v4 = ipaddress.IPv4Address(f"{v4}.129")
         first_v6 = ipaddress.IPv6Address(f"{v6}:2::1")
         self.sources_v4 = [str(first_v4 + index) for index in range(SOURCES_PER_FAMILY)]
@@ -79,6 +79,8 @@ class RemoteNetwork:
             f"-n {self._client} -6 route add default via {v6}:1::1",
             f"-n {self._router} route add {self.network_v4} via {v4}.6",
             f"-n {self._router} -6 route add {self.network_v6} via {v6}:1::2",
+            f"route add {v4}.4/30 via {v4}.2",
+            f"-6 route add {v6}:1::/64 via {v6}::2",
             f"route add {self.network_v4} via {v4}.2",
             f"-6 route add {self.network_v6} via {v6}::2",
         )
