@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gatekeeper.cli.terminal import FILE, FINE, NO, Command, Terminal
+from gatekeeper.cli.terminal import FILE, FINE, NO, Command, Terminal, count
 
 
 @click.command(
@@ -33,7 +33,7 @@ def command(terminal: Terminal, file: str, as_json: bool) -> int:
     exit code. FILE "-" is standard input, named <stdin> in messages.
     """
     from gatekeeper import config  # noqa: PLC0415 - yaml and pydantic are slow to import
-    from gatekeeper.cli.files import load  # noqa: PLC0415
+    from gatekeeper.cli.files import STDIN, load  # noqa: PLC0415
 
     loaded = load(terminal, file, config.check)
     if as_json:
@@ -44,12 +44,12 @@ def command(terminal: Terminal, file: str, as_json: bool) -> int:
     if loaded.config is None:
         if not as_json:
             errors = sum(problem.severity == "error" for problem in loaded.problems)
-            terminal.note(f"{errors} error{'s' if errors != 1 else ''}")
+            terminal.note(count(errors, "error"))
         return NO
     if not as_json:
         policy = loaded.config.policy
         terminal.print(
-            f"{file if file != '-' else '<stdin>'}: ok: {len(policy.listeners)} listeners, {len(policy.rules)} rules, "
-            f"{len(policy.tests)} tests hold"
+            f"{file if file != '-' else STDIN}: ok: {count(len(policy.listeners), 'listener')}, "
+            f"{count(len(policy.rules), 'rule')}, {count(len(policy.tests), 'test')} proved"
         )
     return FINE

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gatekeeper.config import Loaded
 
 STDIN = "<stdin>"  # the name of standard input in messages; paths in it resolve from the working directory
-LARGEST_BYTES = 64 << 20  # read no further: config refuses much smaller files, and /dev/zero never ends
+LARGEST_BYTES = 8 << 20  # read no further: config refuses smaller files already, and /dev/zero never ends
 
 
 def load(terminal: Terminal, file: str, loader: Callable[[str, bytes | None], Loaded]) -> Loaded:

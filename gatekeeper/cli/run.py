@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import click
 
 from gatekeeper.cli.terminal import Command
 
-UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-class Duration(click.ParamType):
-    """A time such as ``90``, ``90s``, ``5m`` or ``1h``; the value is in seconds."""
+def parse_duration(_ctx: click.Context, _param: click.Parameter, text: str) -> float:
+    """Return seconds of a time such as ``90``, ``90s``, ``5m`` or ``1h``.
 
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh]?)", str(value), re.ASCII)
-        if match is None:
-            self.fail(f'"{value}" is not a duration; write 90s, 5m or 1h', param, ctx)
-        return float(match[1]) * UNITS_S[match[2]]
+    Raises:
+        click.BadParameter: it is none.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)(ms|[smhd]|)", text, re.ASCII)
+    if match is None:
+        raise click.BadParameter(f'"{text}" is not a duration; write 90s, 5m or 1h')
+    return float(match[1]) * UNITS_S[match[2]]
 
 
 @click.command(
@@ -36,7 +35,7 @@ class Duration(click.ParamType):
 @click.argument("file", type=click.Path())
 @click.option("--workers", type=click.IntRange(1, 128), help="Number of workers; overrides `workers` in the file.")
 @click.option(
-    "--drain-timeout", type=Duration(), default="300s", show_default=True,
+    "--drain-timeout", callback=parse_duration, metavar="DURATION", default="300s", show_default=True,
     help="How long sessions may go on after SIGTERM.",
 )  # fmt: skip
 def command(file: str, workers: int | None, drain_timeout: float) -> int:

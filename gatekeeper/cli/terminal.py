@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -90,7 +91,7 @@ def write_examples(formatter: click.HelpFormatter, examples: tuple[str, ...]) ->
         formatter.write_paragraph()
 
 
-def format_table(rows: list[tuple[str, ...]], gap: int = 2) -> list[str]:
+def format_table(rows: Sequence[tuple[str, ...]], gap: int = 2) -> list[str]:
     """Return rows as lines with aligned columns; the last column is not padded."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -98,3 +99,8 @@ def format_table(rows: list[tuple[str, ...]], gap: int = 2) -> list[str]:
         cells = [cell.ljust(width + gap) for cell, width in zip(row[:-1], widths, strict=False)]
         lines.append(("".join(cells) + row[-1]).rstrip())
     return lines
+
+
+def count(number: int, thing: str) -> str:
+    """Return ``1 rule`` or ``2 rules``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

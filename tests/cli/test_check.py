@@ -36,7 +36,7 @@ def test_a_good_file_is_0(rules: Path) -> None:
     """A good file: exit code 0 and one line that counts what is in it; no problem in the JSON."""
     done = gatekeeper("check", str(rules))
     assert (done.code, done.err) == (0, "")
-    assert done.out == f"{rules}: ok: 1 listener, 1 rule, 2 tests hold\n"
+    assert done.out == f"{rules}: ok: 1 listener, 1 rule, 2 tests proved\n"
     done = gatekeeper("check", "--json", str(rules))
     assert (done.code, json.loads(done.out), done.err) == (0, [], "")
 
@@ -77,7 +77,7 @@ def test_a_file_that_breaks_its_own_tests_is_1(rules: Path) -> None:
 
 def test_standard_input_has_a_name(rules: Path) -> None:
     """`-` reads standard input, which messages call <stdin>."""
-    assert gatekeeper("check", "-", stdin=GOOD).out == "<stdin>: ok: 1 listener, 1 rule, 2 tests hold\n"
+    assert gatekeeper("check", "-", stdin=GOOD).out == "<stdin>: ok: 1 listener, 1 rule, 2 tests proved\n"
     done = gatekeeper("check", "-", stdin=HOST_BITS)
     assert done.code == 1
     assert done.out.startswith("<stdin>:6:")

@@ -36,7 +36,7 @@ rules:
     action: allow
     to: local
 """
-KEYS = {"action", "rule", "reason", "listener", "address", "file", "line", "default", "trace"}
+KEYS = {"action", "rule", "reason", "listener", "address", "file", "line", "default", "trace", "others"}
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,11 @@ def test_the_place_of_what_decides(rules: Path) -> None:
 def test_the_trace_says_why_earlier_rules_did_not_decide(rules: Path) -> None:
     """Each earlier rule is there in order with the field on which it failed."""
     _code, answer = explain(rules, "198.51.100.66", "22")
-    assert [(step["rule"], step["matched"], step["failed"]) for step in answer["trace"]] == [
-        ("scanners", False, "source"),
-        ("office-ssh", False, "except"),
-        ("public-dns", False, "to"),
-        ("on-this-machine", False, "to"),
+    assert [(step["rule"], step["failed"]) for step in answer["trace"]] == [
+        ("scanners", ["source"]),
+        ("office-ssh", ["except"]),
+        ("public-dns", ["to"]),
+        ("on-this-machine", ["to"]),
     ]
     assert all(step["line"] for step in answer["trace"])
 
