@@ -25,7 +25,7 @@ from gatekeeper.observer.feed import Control, Events, open_sink
 from gatekeeper.observer.say import say, take_over_logging
 from gatekeeper.observer.sink import Sink
 from gatekeeper.observer.state import Service
-from gatekeeper.observer.web import make_app, serve
+from gatekeeper.observer.web import make_app, make_server, serve
 
 # What libraries would import when they first need it: by then we may be a user who cannot read their files.
 NEEDED_LATER = ("concurrent.futures.thread", "encodings.ascii", "encodings.idna", "encodings.latin_1", "uvicorn.lifespan.off")
@@ -75,7 +75,7 @@ async def _run(channel: Channel, start: dict[str, Any], fds: list[int]) -> None:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(control.told.wait(), 5.0)
     if listening is not None:
-        server = loop.create_task(serve(make_app(service, make_registry(service, lost), lost), listening))
+        server = loop.create_task(serve(make_server(make_app(service, make_registry(service, lost), lost)), listening))
         server.add_done_callback(lambda _task: control.ended.set())
         await control.ended.wait()
         if server.done() and not server.cancelled() and server.exception() is not None:

@@ -108,9 +108,10 @@ class Service:
         return Totals(slots, stall_us)
 
     def heartbeat_age_s(self, worker: int) -> float | None:
-        """Return how long ago a worker's loop last turned, ``None`` when its counters are unknown."""
+        """Return how long ago a worker's loop last turned, ``None`` when it never did as far as we know."""
         view = self.counters.get(worker)
-        return None if view is None else max(0.0, time.monotonic() - view[WorkerSlot.HEARTBEAT_MS] / 1000)
+        beat_ms = 0 if view is None else view[WorkerSlot.HEARTBEAT_MS]
+        return max(0.0, time.monotonic() - beat_ms / 1000) if beat_ms else None
 
     def alive(self) -> int:
         """Return how many workers are alive, as far as the supervisor knows."""
@@ -134,7 +135,7 @@ class Service:
         for index in range(self.workers):
             age_s = self.heartbeat_age_s(index)
             if age_s is None:
-                return f"degraded: the counters of worker {index} are unknown"
+                return f"degraded: worker {index} has not begun to work"
             if age_s > STALE_S:
                 return f"degraded: worker {index} has not answered for {age_s:.0f} s"
         return ""

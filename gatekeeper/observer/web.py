@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import gzip
 import json
+import os
+import resource
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,6 +29,9 @@ from gatekeeper.observer import page
 from gatekeeper.observer.state import Service
 
 MOST_CONNECTIONS = 64
+ACCEPTED_AT_ONCE = 16  # before they are looked at, so these come on top
+QUEUE = 512  # in the kernel
+SPARE_FDS = 32  # for everything else
 MOST_HEAD_BYTES = 16 * 1024
 FIRST_REQUEST_S = 10.0  # from connecting to a whole request head
 NEXT_REQUEST_S = 75  # longer than the usual scrape intervals, so that a scraper keeps its connection
@@ -37,6 +42,7 @@ SWEEP_S = 1.0
 class BoundedProtocol(H11Protocol):
     """One HTTP connection with deadlines."""
 
+    most = MOST_CONNECTIONS
     since = 0.0  # when it began to do what it does now
     answering = False
 
@@ -44,7 +50,7 @@ class BoundedProtocol(H11Protocol):
         """Make room if there are too many, the oldest waiting first."""
         super().connection_made(transport)
         self.since = self.loop.time()
-        if len(self.connections) > MOST_CONNECTIONS:
+        if len(self.connections) > self.most:
             others = [other for other in self.connections if isinstance(other, BoundedProtocol) and other is not self]
             oldest = min(others, key=lambda other: (other.busy(), other.since))
             oldest.connections.discard(oldest)
@@ -77,6 +83,12 @@ class Server(uvicorn.Server):
         """Leave signals alone."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start serving; the kernel's queue stays longer than what is accepted at once."""
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(QUEUE)
+
     async def sweep(self) -> None:
         """Watch the deadlines of all connections, for ever."""
         loop = asyncio.get_running_loop()
@@ -87,8 +99,11 @@ class Server(uvicorn.Server):
                     connection.sweep(loop.time())
 
 
-async def serve(app: Starlette, listening: socket.socket) -> None:
-    """Serve until cancelled. Owns ``listening``."""
+def make_server(app: Starlette) -> Server:
+    """Return a server that holds as many connections as this process can afford."""
+    soft_limit, _hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    affordable = soft_limit - len(os.listdir("/proc/self/fd")) - SPARE_FDS
+    BoundedProtocol.most = max(4, min(MOST_CONNECTIONS, affordable))
     config = uvicorn.Config(
         app,
         http=BoundedProtocol,
@@ -100,11 +115,21 @@ async def serve(app: Starlette, listening: socket.socket) -> None:
         server_header=False,
         h11_max_incomplete_event_size=MOST_HEAD_BYTES,
         timeout_keep_alive=NEXT_REQUEST_S,
+        backlog=min(ACCEPTED_AT_ONCE, BoundedProtocol.most),
     )
-    server = Server(config)
-    async with asyncio.TaskGroup() as group:
-        group.create_task(server.serve(sockets=[listening]))
-        group.create_task(server.sweep())
+    return Server(config)
+
+
+async def serve(server: Server, listening: socket.socket) -> None:
+    """Serve until cancelled. Owns ``listening``."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(server.serve(sockets=[listening]))
+            group.create_task(server.sweep())
+    finally:
+        for serving in getattr(server, "servers", ()):
+            serving.close()
+        listening.close()
 
 
 def make_app(service: Service, registry: CollectorRegistry, lost: Callable[[], Sequence[tuple[str, int]]]) -> Starlette:

@@ -85,10 +85,15 @@ class Stage:
 
     def __init__(
         self, folder: Path, workers: int = 2, audit: str = "file", audit_fd: int | None = None, *, metrics: bool = True,
-        command: Sequence[str] = ("-m", "gatekeeper.observer"),
+        command: Sequence[str] = ("-m", "gatekeeper.observer"), prefix: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """``audit_fd`` (it stays the caller's) replaces the file ``audit.log`` in ``folder``; ``command`` is for Python."""
+        """Open everything; `start` starts the observer.
+
+        ``audit_fd`` (it stays the caller's) replaces the file ``audit.log`` in ``folder``; ``command`` is for Python and
+        comes after ``prefix``, which must exec.
+        """
         self.command = command
+        self.prefix = prefix
         self.folder = folder
         self.audit_path = folder / "audit.log"
         self.audit = audit
@@ -135,7 +140,7 @@ class Stage:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, (self.folder / "stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", *self.command, "--channel", str(theirs.fileno())],
+                [*self.prefix, sys.executable, "-P", *self.command, "--channel", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import html.parser
@@ -17,7 +18,17 @@ from pathlib import Path
 import pytest
 
 from gatekeeper.errors import ChannelClosed
-from gatekeeper.observer.web import MOST_CONNECTIONS
+from gatekeeper.observer.collector import make_registry
+from gatekeeper.observer.state import Service
+from gatekeeper.observer.web import (
+    FIRST_REQUEST_S,
+    MOST_CONNECTIONS,
+    NEXT_REQUEST_S,
+    BoundedProtocol,
+    make_app,
+    make_server,
+    serve,
+)
 from gatekeeper.snapshot.counters import ListenerSlot, WorkerSlot
 from tests.observer.stage import Stage, make_meta, on_stage
 from tests.support.wait import until
@@ -166,6 +177,69 @@ def test_silent_clients_keep_nobody_out(stage: Stage) -> None:
         for _ in range(5):
             assert stage.get("/metrics")[0] == 200
         assert stage.value("process_open_fds") < MOST_CONNECTIONS + 40
+
+
+def test_connections_have_deadlines() -> None:
+    """A silent client, one that stops in its request head, and one that asks no second time are let go; others are not."""
+    service = Service(1)
+
+    async def story() -> None:
+        server = make_server(make_app(service, make_registry(service, list), list))
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        serving = asyncio.create_task(serve(server, listening))
+
+        async def connect(said: bytes) -> asyncio.StreamReader:
+            known = len(server.server_state.connections)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writers.append(writer)
+            writer.write(said)
+            while len(server.server_state.connections) == known:  # noqa: ASYNC110 - uvicorn has no event for it
+                await asyncio.sleep(0.001)
+            return reader
+
+        def sweep(later_s: float) -> None:
+            for connection in list(server.server_state.connections):
+                assert isinstance(connection, BoundedProtocol)
+                connection.sweep(asyncio.get_running_loop().time() + later_s)
+
+        async def ended(reader: asyncio.StreamReader) -> bool:
+            try:
+                return await asyncio.wait_for(reader.read(1), 10) == b""
+            except ConnectionError:
+                return True
+
+        writers: list[asyncio.StreamWriter] = []
+        silent, slow = await connect(b""), await connect(b"GET / HT")
+        asked = await connect(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await asyncio.wait_for(asked.readuntil(b"ok\n"), 10)).startswith(b"HTTP/1.1 200")
+        sweep(0)
+        sweep(FIRST_REQUEST_S - 1)
+        assert len(server.server_state.connections) == 3
+        sweep(FIRST_REQUEST_S + 1)
+        assert await ended(silent)
+        assert await ended(slow)
+        assert len(server.server_state.connections) == 1
+        sweep(NEXT_REQUEST_S + 1)
+        assert await ended(asked)
+        for writer in writers:
+            writer.close()
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+    asyncio.run(story())
+
+
+def test_few_descriptors_are_enough(folder: Path) -> None:
+    """With 48 descriptors and 300 silent clients requests are still served, and nothing is logged."""
+    with Stage(folder, prefix=["prlimit", "--nofile=48"]) as stage, contextlib.ExitStack() as clients:
+        stage.start()
+        for _ in range(300):
+            clients.enter_context(socket.create_connection(("127.0.0.1", stage.port), timeout=10))
+        for _ in range(5):
+            assert stage.get("/metrics")[0] == 200
+        assert stage.stderr() == ""
 
 
 def test_a_client_that_does_not_read_its_answer_keeps_nobody_out(stage: Stage) -> None:
