@@ -51,15 +51,17 @@ def parse_ports(text: str, what: str) -> tuple[int, int]:
     Raises:
         ValueError: it is neither.
     """
+    shown = quote(what) if text == what else f"{quote(what)}: {quote(text)}"
     found = _PORTS.fullmatch(text)
     if not found or len(text) > 11:
-        raise ValueError(f"{quote(what)}: {quote(text)} is not a port or a range of ports like 8000-8010")
+        raise ValueError(f"{shown} is not a port or a range of ports like 8000-8010")
     for digits in filter(None, found.groups()):
         if digits.startswith("0") or int(digits) > 65535:
-            raise ValueError(f"{quote(what)}: {quote(digits)} is not a port: ports are 1 to 65535, without leading zeros")
+            shown = quote(what) if digits == what else f"{quote(what)}: {quote(digits)}"
+            raise ValueError(f"{shown} is not a port: ports are 1 to 65535, without leading zeros")
     first, last = int(found[1]), int(found[2] or found[1])
     if first > last:
-        raise ValueError(f'{quote(what)}: the ports {text} run backwards, did you mean "{last}-{first}"?')
+        raise ValueError(f'{quote(what)}: the ports run backwards, did you mean "{last}-{first}"?')
     return first, last
 
 

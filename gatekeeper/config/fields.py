@@ -262,7 +262,7 @@ BackendText = Annotated[Backend, parsed(addresses.parse_backend, "an address and
 From = Annotated[
     list[Annotated[Member, BeforeValidator(parse_member)]],
     BeforeValidator(alone),
-    BeforeValidator(listing("sources", 'from is empty, and empty never means any: write "any", or sources')),
+    BeforeValidator(listing("sources (addresses, networks, ranges, set names)", 'from is empty, and empty never means any: write "any", or sources')),
     WithJsonSchema(_one_or_more(_TEXT)),
 ]
 Members = Annotated[
@@ -272,7 +272,7 @@ Members = Annotated[
 ]
 Except = Annotated[
     list[Annotated[Member, BeforeValidator(parse_member)]],
-    BeforeValidator(listing("sources", "except is empty: write sources, or leave the key out")),
+    BeforeValidator(listing("sources (addresses, networks, ranges, set names)", "except is empty: write sources, or leave the key out")),
     WithJsonSchema(_one_or_more(_TEXT)),
 ]
 _TARGETS = '"any", listener names or ports'

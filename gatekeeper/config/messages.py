@@ -39,11 +39,8 @@ def _explain(item: Any, root: Value) -> Problem | None:
     if value is not None and value.data is BROKEN:
         return None
     section = str(path[0]) if path else ""
-    field = next((str(step) for step in reversed(path) if isinstance(step, str)), "")
     model = MODELS.get(section, RuleFile) if len(path) > 1 else RuleFile
-    code = ".".join(dict.fromkeys(filter(None, (SINGULAR.get(section, section), field if len(path) > 1 else "")))) or "file"
-    if section == "sets":
-        code = "set"
+    code = _code(section, path)
     if kind == "missing":
         return _missing(spot, str(loc[-1]), model if path else RuleFile)
     if kind == "extra_forbidden":
@@ -52,6 +49,14 @@ def _explain(item: Any, root: Value) -> Problem | None:
         error = item["ctx"]["error"]
         return _problem(spot, getattr(error, "code", code), str(error))
     return _problem(spot, code, _wrong_type(kind, item, path, model))
+
+
+def _code(section: str, path: Sequence[str | int]) -> str:
+    """Return the name of a field: ``rule.from``, ``default``; of a set it is ``set``, whatever its name."""
+    if section == "sets":
+        return "set"
+    field = next((str(step) for step in reversed(path[1:]) if isinstance(step, str)), "")
+    return ".".join(filter(None, (SINGULAR.get(section, section), field))) or "file"
 
 
 def _wrong_type(kind: str, item: Any, path: Sequence[str | int], model: type[Strict]) -> str:
