@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -132,13 +133,14 @@ def echoes(port: int) -> bool:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a process we started, politely first; its own children end with it."""
+    for _ in range(2):  # gatekeeper lets sessions end after the first signal, and ends them at the second
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
     if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(5)
+        process.kill()
+        process.wait(5)
     for pipe in (process.stdin, process.stdout):
         if pipe:
             pipe.close()
