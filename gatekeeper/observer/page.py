@@ -92,6 +92,8 @@ def render(facts: dict[str, Any]) -> str:
             ("Policy", f"<code>{_text(policy['hash'])}</code>"),
             ("", _text(f"{policy['rules']} rules, {ranges}, default {policy['default']}")),
         ]
+        if policy["rules_without_effect"]:
+            overview.append(("Rules that decide nothing", _text(_shortened(policy["rules_without_effect"]))))
     overview.append(("Last reload", _reload(reload)))
     body = [
         "<h1>gatekeeper</h1>",
@@ -152,6 +154,7 @@ def _policy(service: Service) -> dict[str, Any] | None:
     if service.policy is None:
         return None
     meta = service.policy.meta
+    deciding = {rule for _listener, rule, _action, _reason in meta["details"]}
     return {
         "generation": service.policy.generation,
         "hash": meta["digest"],
@@ -159,6 +162,8 @@ def _policy(service: Service) -> dict[str, Any] | None:
         "ranges": {"ipv4": meta["counts"]["v4_ranges"], "ipv6": meta["counts"]["v6_ranges"]},
         "default": meta["default"]["action"],
         "files": meta["files"],
+        # Earlier rules always decide first, or nothing they speak of is listened on: no counter, no effect.
+        "rules_without_effect": [rule["name"] for index, rule in enumerate(meta["rules"]) if index not in deciding],
     }
 
 

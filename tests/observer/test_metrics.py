@@ -95,6 +95,15 @@ def test_a_worker_cannot_make_live_sessions_negative(stage: Stage) -> None:
     assert stage.value('gatekeeper_sessions{listener="web"}') == 0
 
 
+def test_a_worker_that_writes_nonsense_hurts_only_its_figures(stage: Stage) -> None:
+    """With every slot at its maximum, metrics, status and page are still well-formed."""
+    view = stage.counters[0]
+    for slot in range(stage.bindings.next_slot):
+        view[slot] = 2**64 - 1
+    assert stage.value("gatekeeper_accept_pauses_total") == 2.0**64
+    assert stage.get("/readyz")[0] == stage.get("/status.json")[0] == stage.get("/")[0] == 200
+
+
 def test_names_survive_a_new_policy(stage: Stage) -> None:
     """New rules and listeners appear at zero; those that left the policy keep what they counted."""
     stage.counters[0][stage.slot()] = 5

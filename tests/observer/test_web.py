@@ -101,6 +101,16 @@ def test_status_tells_what_is_in_force(stage: Stage) -> None:
     assert "failed; the policy of 2025-06-15" in page
 
 
+def test_rules_that_decide_nothing_are_named(stage: Stage) -> None:
+    """A rule that no connection can reach has no counter; the page says so instead of hiding it."""
+    meta = make_meta()
+    meta["rules"].append({"name": "shadowed", "action": "deny", "file": "rules.yaml", "line": 30})
+    stage.bind(meta)
+    stage.tell_policy()
+    until(lambda: "Rules that decide nothing" in stage.text("/"), "the page names it")
+    assert json.loads(stage.text("/status.json"))["policy"]["rules_without_effect"] == ["shadowed"]
+
+
 class Elements(html.parser.HTMLParser):
     """Collects tags and attributes of a page."""
 
