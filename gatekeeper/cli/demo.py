@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import signal
 import tempfile
 import threading
@@ -136,7 +135,8 @@ def connect(narrator: Narrator, gate: Gate, backend: Backend) -> None:
     narrator.promise(f'from {FRIEND}, allowed by rule "friends": {answer}', kept=answer.startswith("the backend"))
     for source, why in ((STRANGER, "denied by the default"), (NUISANCE, 'dropped by rule "nuisance"')):
         answer = gate.talk(source)
-        narrator.promise(f"from {source}, {why}: {answer}", kept=not answer.startswith("the backend"))
+        narrator.promise(f"from {source}, {why}: {answer}", kept=answer in ("reset", "silence"))
+    narrator.show("(past the first router a drop is silence: its reset is sent so that it dies there)")
     narrator.promise(f"the backend saw {backend.connections} of the 3", kept=backend.connections == 1)
 
 
@@ -148,7 +148,7 @@ def explain(narrator: Narrator, rules: Path, port: int) -> None:
     answer = io.StringIO()
     terminal = Terminal(narrator.terminal.stdin, answer, narrator.terminal.stderr)
     code = explain_command.main([str(rules), STRANGER, str(port)], standalone_mode=False, obj=terminal)
-    narrator.show(answer.getvalue())
+    narrator.show(answer.getvalue().replace(f"{rules.parent}/", ""))
     narrator.promise(f"it says so with exit code {code} (0 would be: allowed)", kept=code == NO)
 
 
@@ -160,16 +160,16 @@ def audit(narrator: Narrator, gate: Gate) -> None:
     for kind, source in (("connection", FRIEND), ("refusal", STRANGER), ("refusal", NUISANCE)):
         wait_until(lambda: bool(gate.events(kind, src_ip=source)), f"the audit event of {source}")  # noqa: B023 - at once
         found = gate.events(kind, src_ip=source)
-        narrator.show(json.dumps(found[0]))
+        narrator.show(found[0].line)
         narrator.promise(f"{len(found)} {kind} of {source}", kept=len(found) == 1)
 
 
 def count(narrator: Narrator, gate: Gate) -> None:
     """Show the verdict counters and the status page."""
     narrator.step(f"Metrics for Prometheus: {gate.url}/metrics")
-    lines = [line for line in gate.get("/metrics").splitlines() if line.startswith("gatekeeper_connections_total{")]
-    narrator.show("\n".join(lines))
-    counted = sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    values = [line.rsplit(" ", 1) for line in gate.get("/metrics").splitlines() if line.startswith("gatekeeper_connections_")]
+    counted = sum(float(value) for _name, value in values)
+    narrator.show("\n".join(f"{name} {value}" for name, value in values if float(value)))
     narrator.promise(f"{counted:g} connections counted, each under its rule", kept=counted == 3)
     page = gate.get("/")
     narrator.promise(f"and a status page for people: {gate.url}/ ({len(page)} bytes)", kept="hello" in page)
@@ -183,8 +183,7 @@ def reload(narrator: Narrator, gate: Gate, backend: Backend, change: Callable[[]
     change()
     gate.hang_up()
     wait_until(lambda: bool(gate.events("reload")), "the reload")
-    event = gate.events("reload")[0]
-    narrator.show(json.dumps(event))
+    narrator.show(gate.events("reload")[0].line)
     before = backend.connections
     answer = gate.talk(STRANGER)
     narrator.promise(f"from {STRANGER}: {answer}", kept=answer.startswith("the backend") and backend.connections > before)

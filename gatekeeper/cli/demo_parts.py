@@ -15,7 +15,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,6 +52,14 @@ def wait_until(ready: Callable[[], bool], what: str) -> None:
         if time.monotonic() > deadline:
             raise DemoFailed(f"{what} did not happen within {PATIENCE_S:g} s")
         time.sleep(POLL_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the audit log, as it was and as what it says."""
+
+    line: str
+    fields: dict[str, Any]
 
 
 class Backend:
@@ -94,7 +103,7 @@ class Gate:
         self.url = f"http://127.0.0.1:{metrics}"
         self._rules = rules
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
 
     def __enter__(self) -> Self:
         home = str(Path(gatekeeper.__file__).resolve().parents[1])
@@ -167,15 +176,14 @@ class Gate:
                 raise
         return f"the backend says {answer.decode().strip()!r}" if answer else "closed without a word"
 
-    def events(self, event_type: str, **wanted: str) -> list[dict[str, Any]]:
+    def events(self, event_type: str, **wanted: str) -> list[Event]:
         """Return the audit events of this kind so far whose fields equal ``wanted``."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self._events.append(json.loads(self._lines.get_nowait()))
-        return [
-            event for event in self._events
-            if event["event_type"] == event_type and all(event.get(key) == value for key, value in wanted.items())
-        ]  # fmt: skip
+                line = self._lines.get_nowait()
+                self._events.append(Event(line, json.loads(line)))
+        wanted["event_type"] = event_type
+        return [event for event in self._events if wanted.items() <= event.fields.items()]
 
     def hang_up(self) -> None:
         """Send SIGHUP: read the rules again."""
@@ -198,6 +206,6 @@ class Gate:
         return self._process.wait()
 
 
-def _pump(stream: Iterator[str], take: Callable[[str], object]) -> None:
+def _pump(stream: Iterable[str], take: Callable[[str], object]) -> None:
     for line in stream:
         take(line)

@@ -19,6 +19,7 @@ from gatekeeper import __version__
 from gatekeeper.cli.terminal import CANNOT, EXIT_CODES, Terminal, write_examples
 
 COMMANDS = ("run", "check", "explain", "schema", "doctor", "demo", "completion")  # each a module of this package
+COMPLETION = "_GATEKEEPER_COMPLETE"  # the variable in which the scripts of `gatekeeper completion` ask
 INTERRUPTED = 130  # what shells report for SIGINT
 NOBODY_READS = 141  # and for SIGPIPE
 
@@ -63,7 +64,11 @@ def main(argv: Sequence[str], stdin: TextIO, stdout: TextIO, stderr: TextIO) -> 
     terminal = Terminal(stdin, stdout, stderr)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            code = program.main(list(argv), prog_name="gatekeeper", standalone_mode=False, obj=terminal)
+            # Not click's own main(): it would turn a reader that went away into exit code 1, which means "no" here.
+            with program.make_context("gatekeeper", list(argv), obj=terminal) as context:
+                code = program.invoke(context)
+        except click.exceptions.Exit as err:
+            code = err.exit_code
         except click.ClickException as err:
             err.show(stderr)
             code = err.exit_code
@@ -74,13 +79,13 @@ def main(argv: Sequence[str], stdin: TextIO, stdout: TextIO, stderr: TextIO) -> 
         except OSError as err:  # whatever the machine refuses; each command translates what it expects
             stderr.write(f"gatekeeper: {err}\n")
             code = CANNOT
-        except SystemExit as err:  # click's own shell completion leaves this way
-            code = err.code if isinstance(err.code, int) else CANNOT
     return int(code or 0)
 
 
 def entry() -> int:
     """Run this process's command line. Ends quietly when nobody reads its output any more (``| head``)."""
+    if COMPLETION in os.environ:  # a shell asks what could come next
+        program.main(prog_name="gatekeeper", complete_var=COMPLETION)
     code = main(sys.argv[1:], sys.stdin, sys.stdout, sys.stderr)
     try:
         sys.stdout.flush()
