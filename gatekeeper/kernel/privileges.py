@@ -15,12 +15,28 @@ from dataclasses import dataclass
 
 ACCOUNTS = ("gatekeeper", "nobody")  # the first that exists
 
+CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
+CAP_KILL = 5
 CAP_SETGID = 6
 CAP_SETUID = 7
 CAP_SETPCAP = 8
 CAP_NET_BIND_SERVICE = 10
 CAP_NET_ADMIN = 12
+CAP_SYS_PTRACE = 19
+CAP_SYS_RESOURCE = 24
+
+# What a supervisor that is root makes use of; the rest it gives up. Everything of it that it does not hold is missed
+# only where it would have been used.
+SUPERVISOR_USES = frozenset({
+    CAP_NET_BIND_SERVICE,  # ports below 1024
+    CAP_SETUID, CAP_SETGID, CAP_SETPCAP,  # children turn into somebody else and empty their bounding set
+    CAP_KILL,  # and can still be ended then
+    CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH,  # unix sockets, the audit file, the state; rule files, for the compiler
+    CAP_NET_ADMIN,  # receive buffers larger than net.core.rmem_max
+    CAP_SYS_PTRACE,  # to say who has an address
+    CAP_SYS_RESOURCE,  # more descriptors on their way to children than one user may have
+})  # fmt: skip
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -75,6 +91,22 @@ def who_to_become() -> Identity | None:
     return None
 
 
+def harden() -> None:
+    """Keep only what a supervisor makes use of, and let no process of the same user attach to this one.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    held = effective_capabilities()
+    if CAP_SETPCAP in held:
+        _limit_bounding_set(SUPERVISOR_USES)
+    if held - SUPERVISOR_USES:
+        _keep_only(SUPERVISOR_USES & held)
+    # A worker may run as the same user, and a stranger may have taken it over.
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
 def drop(uid: int | None, gid: int | None, groups: list[int] | tuple[int, ...] | None, supervisor_pid: int) -> None:
     """Become ``uid``, ``gid`` and ``groups`` (each ``None``: keep) without any capability, and die with the supervisor.
 
@@ -87,7 +119,7 @@ def drop(uid: int | None, gid: int | None, groups: list[int] | tuple[int, ...] |
     """
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if CAP_SETPCAP in effective_capabilities():
-        _empty_bounding_set()
+        _limit_bounding_set(frozenset())
     if groups is not None:
         os.setgroups(groups)
     if gid is not None:
@@ -131,9 +163,9 @@ def _keep_only(capabilities: frozenset[int]) -> None:
         raise _error("capset")
 
 
-def _empty_bounding_set() -> None:
+def _limit_bounding_set(capabilities: frozenset[int]) -> None:
     for number in range(_MOST_CAPABILITIES):
-        if _libc.prctl(_PR_CAPBSET_READ, *map(ctypes.c_ulong, (number, 0, 0, 0))) == 1:
+        if number not in capabilities and _libc.prctl(_PR_CAPBSET_READ, *map(ctypes.c_ulong, (number, 0, 0, 0))) == 1:
             _prctl(_PR_CAPBSET_DROP, number)
 
 

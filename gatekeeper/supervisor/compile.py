@@ -56,7 +56,7 @@ def compile_file(path: str, snapshot_fd: int) -> dict[str, Any]:
         OSError: the snapshot could not be written, or a file could not be read.
     """
     from gatekeeper import config  # noqa: PLC0415 - after the limits are in force
-    from gatekeeper.snapshot import encode  # noqa: PLC0415
+    from gatekeeper.snapshot.encode import write  # noqa: PLC0415
 
     try:
         with open(path, "rb") as file:
@@ -66,10 +66,9 @@ def compile_file(path: str, snapshot_fd: int) -> dict[str, Any]:
     loaded = config.check(path)
     text = "\n".join(config.render(problem, loaded.texts) for problem in loaded.problems)
     problems = [config.as_json(problem) for problem in loaded.problems]
-    accepted = loaded.config is not None and not any(item["severity"] == "error" for item in problems)
-    if accepted:
-        encode.write(loaded.config, snapshot_fd)
-    return {"accepted": accepted, "unreadable": False, "problems": problems, "text": text, "failure": None}
+    if loaded.config is not None:
+        write(loaded.config, snapshot_fd)
+    return {"accepted": loaded.config is not None, "unreadable": False, "problems": problems, "text": text, "failure": None}
 
 
 def _failed(why: str) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Compilation:
         self._report = bytearray()
         self._patience_s = patience_s
         self._late = False
+        self._ended = False
         self._snapshot_fd = memfd.create("gatekeeper-snapshot")
         self._pipe, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(theirs, True)
@@ -80,9 +81,10 @@ class Compilation:
 
     def poll(self) -> bool:
         """Reap the process; say whether it has ended. Its report is complete then, and ``done`` is called."""
-        status = self._process.poll()
+        status = None if self._ended else self._process.poll()
         if status is None:
-            return False
+            return self._ended
+        self._ended = True
         self._read()
         self._loop.unwatch(self._pipe)
         os.close(self._pipe)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TICK_S = 1.0
 STATE_EVERY_TICKS = 10  # the observer learns uptimes this often even when nothing happens
 START_PATIENCE_S = 30.0  # for a process to load and turn for the first time
-OBSERVER_PATIENCE_S = 30.0  # for the observer to read what it was sent
+OBSERVER_PATIENCE = 3  # times as long as a worker's, for the observer to read what it was sent
 OBSERVER_LEAVES_S = 5.0
 KILL_AFTER_S = 5.0  # past the drain deadline
 STARTS_BEFORE_GIVING_UP = 3  # of a worker that never served
@@ -61,6 +61,7 @@ class Crew:
         self.serving: Callable[[], None] = lambda: None
         self.gave_up: Callable[[str], None] = lambda _why: None
         self.gone: Callable[[], None] = lambda: None
+        self.cut = 0  # sessions that workers had to end when they left
         self.workers = [Worker(index, loop, commands.worker, identity) for index in range(size)]
         self.observer: Observer | None = None
         self._loop = loop
@@ -138,6 +139,9 @@ class Crew:
         if op == "ready" and worker.state is State.STARTING:
             worker.became_ready()
             self._introduce(worker)
+        elif op == "drained":
+            left = message.get("sessions")
+            self.cut += left if isinstance(left, int) else 0
         elif change is not None and generation == change.new.generation:
             if op == "prepared":
                 change.prepared(worker)
@@ -240,7 +244,7 @@ class Crew:
         paused = now - self._last_tick > 3 * TICK_S
         self._last_tick = now
         # If we did not run, neither did they: a stopped or migrated machine is nobody's fault.
-        if not paused and not self._leaving:
+        if not paused:
             for worker in self.workers:
                 self._check(worker, now)
         self._check_observer(now, paused=paused)
@@ -264,7 +268,7 @@ class Crew:
         child = self.observer.child if self.observer is not None else None
         if child is None or paused or child.unread_bytes() == 0:
             self._observer_reads = now
-        elif now - self._observer_reads > OBSERVER_PATIENCE_S:
+        elif now - self._observer_reads > OBSERVER_PATIENCE * self._stuck_after_s:
             self._log.error(f"the observer (pid {child.pid}) does not read what it is sent; killing it")
             child.kill()
             self._observer_reads = now

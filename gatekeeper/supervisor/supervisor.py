@@ -76,6 +76,7 @@ class Supervisor:
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
         _raise_descriptor_limit()
+        privileges.harden()
         with self._loop:
             try:
                 if self._notifier.watchdog_interval_s is not None:
@@ -125,7 +126,7 @@ class Supervisor:
         crew = Crew(
             self._loop, self._log, self._options.commands, identity, size, self._options.stuck_after_s, self._state
         )
-        crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, lambda: self._loop.stop(FINE)
+        crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew, self._bindings = crew, policy.bindings
         crew.start(policy, settings["audit"], http)
         if identity is not None and identity.name != privileges.ACCOUNTS[0]:
@@ -291,6 +292,11 @@ class Supervisor:
             return
         self._log.info("stopping now")
         self._crew.kill()
+
+    def _all_gone(self) -> None:
+        cut = self._crew.cut if self._crew is not None else 0
+        self._log.info("stopped" if not cut else f"stopped; {cut} sessions had not ended by themselves")
+        self._loop.stop(FINE)
 
     def _close_listeners(self) -> None:
         if self._crew is not None and self._crew.policy is not None:
