@@ -12,14 +12,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from operator import and_, gt, or_
+from operator import gt
 from socket import AF_INET, AF_INET6, inet_pton
 from sys import byteorder
 
 from gatekeeper.config.addresses import parse_source
 from gatekeeper.config.problems import Problem, Severity
 from gatekeeper.policy.model import Place
-from gatekeeper.policy.ranges import AddressSet, Bounds, Ranges, Wide, bounds_from, normalize
+from gatekeeper.policy.ranges import AddressSet, Bounds, Ranges, Wide, normalize
 
 BLOCK_BYTES = 1 << 18  # what is made of a block should fit the second-level cache
 LONGEST_LINE_BYTES = 1 << 16
@@ -29,8 +29,8 @@ CODE = "list"
 _BLANKS = " \t\r"
 _COMMENT = re.compile(r"#[^\n]*")
 _HOST_MASKS = {
-    4: {f"/{n}": (1 << (32 - n)) - 1 for n in range(33)},
-    6: {f"/{n}": (1 << (128 - n)) - 1 for n in range(129)},
+    4: {f"/{n}": ((1 << (32 - n)) - 1).to_bytes(4, "big") for n in range(33)},
+    6: {f"/{n}": ((1 << (128 - n)) - 1).to_bytes(16, "big") for n in range(129)},
 }
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -89,18 +89,13 @@ class _Reader:
             text = block.decode()
             if "#" in text:
                 text = _COMMENT.sub("", text)
-            lines = text.split("\n")
-            if " " in text or "\t" in text or "\r" in text:
-                lines = list(map(str.strip, lines, repeat(_BLANKS)))
-            lines = list(filter(None, lines))
-            plain = ":" not in text and "-" not in text
-            found = [(4, *_read_family(4, lines))] if plain else list(_read_mixed(lines))
+            found, entries = _read_block(text)
         except (ValueError, OSError, LookupError):
             return False
         for family, starts, lasts in found:
             self._starts[family].extend(starts)
             self._lasts[family].extend(lasts)
-        self._entries += len(lines)
+        self._entries += entries
         return True
 
     def _read_slowly(self, block: bytes, line: int) -> None:
@@ -141,6 +136,27 @@ class _Reader:
         return tuple(self._problems)
 
 
+def _read_block(text: str) -> tuple[list[tuple[int, Bounds, Bounds]], int]:
+    """Return (family, first addresses, last addresses) of a block without comments, and the number of its entries.
+
+    Raises:
+        ValueError, OSError, LookupError: something is wrong, or unusual.
+    """
+    blanks = " " in text or "\t" in text or "\r" in text
+    if not blanks and ":" not in text and "-" not in text:
+        # IPv4 networks and nothing else: one split does.
+        parts = text.strip("\n").replace("/", "\n/").split("\n")
+        count = text.count("/")
+        if len(parts) == 2 * count:
+            starts, lasts = _read_networks(4, parts)
+            return [(4, _numbers(4, starts), _numbers(4, lasts))], count
+    lines = text.split("\n")
+    if blanks:
+        lines = list(map(str.strip, lines, repeat(_BLANKS)))
+    lines = list(filter(None, lines))
+    return list(_read_mixed(lines)), len(lines)
+
+
 def _read_mixed(lines: Sequence[str]) -> Iterator[tuple[int, Bounds, Bounds]]:
     """Yield (family, first addresses, last addresses) of lines of all kinds, each kind at once.
 
@@ -167,20 +183,28 @@ def _read_family(family: int, lines: Sequence[str]) -> tuple[Bounds, Bounds]:
     Raises:
         ValueError, OSError, LookupError: something is wrong.
     """
-    networks = [line for line in lines if "/" in line]
-    singles = lines if not networks else [line for line in lines if "/" not in line] if len(networks) < len(lines) else []
-    starts = _packed(family, singles)
-    lasts = starts[:]
-    if networks:
-        # The "/" stays with the prefix, so that no line can pass for half of two others.
-        parts = "\n".join(networks).replace("/", "\n/").split("\n")
-        firsts = _packed(family, parts[0::2])
-        masks = list(map(_HOST_MASKS[family].__getitem__, parts[1::2]))
-        if len(firsts) != len(masks) or any(map(and_, firsts, masks)):
-            raise ValueError("host bits")
-        starts.extend(firsts)
-        lasts.extend(bounds_from(family, list(map(or_, firsts, masks))))
-    return starts, lasts
+    singles = _packed(family, [line for line in lines if "/" not in line])
+    # The "/" stays with the prefix, so that no line can pass for half of two others.
+    parts = "\n".join([line for line in lines if "/" in line]).replace("/", "\n/").split("\n")
+    starts, lasts = _read_networks(family, parts) if parts != [""] else (b"", b"")
+    return _numbers(family, singles + starts), _numbers(family, singles + lasts)
+
+
+def _read_networks(family: int, parts: Sequence[str]) -> tuple[bytes, bytes]:
+    """Return the packed first and last addresses of networks, given as address and "/prefix" in turn.
+
+    Raises:
+        ValueError, OSError, LookupError: something is wrong.
+    """
+    firsts = _packed(family, parts[0::2])
+    masks = b"".join(map(_HOST_MASKS[family].__getitem__, parts[1::2]))
+    if len(firsts) != len(masks):
+        raise ValueError("not networks")
+    # All of them as one long number: two operations check and complete them all.
+    first, mask = int.from_bytes(firsts, "big"), int.from_bytes(masks, "big")
+    if first & mask:
+        raise ValueError("host bits")
+    return firsts, (first | mask).to_bytes(len(firsts), "big")
 
 
 def _read_ranges(lines: Sequence[str]) -> tuple[Bounds, Bounds]:
@@ -190,22 +214,25 @@ def _read_ranges(lines: Sequence[str]) -> tuple[Bounds, Bounds]:
         ValueError, OSError: something is wrong.
     """
     parts = "\n".join(lines).replace("-", "\n-").split("\n") if lines else []
-    starts = _packed(4, parts[0::2])
     if not all(map(str.startswith, parts[1::2], repeat("-"))):
-        raise ValueError("not first-last")
-    lasts = _packed(4, list(map(str.removeprefix, parts[1::2], repeat("-"))))
-    if len(starts) != len(lines) or len(lasts) != len(lines) or any(map(gt, starts, lasts)):
-        raise ValueError("not first-last")
+        raise ValueError("not ranges")
+    starts = _numbers(4, _packed(4, parts[0::2]))
+    lasts = _numbers(4, _packed(4, list(map(str.removeprefix, parts[1::2], repeat("-")))))
+    if len(starts) != len(lasts) or any(map(gt, starts, lasts)):
+        raise ValueError("not first to last")
     return starts, lasts
 
 
-def _packed(family: int, addresses: Sequence[str]) -> Bounds:
-    """Return addresses as numbers.
+def _packed(family: int, addresses: Sequence[str]) -> bytes:
+    """Return addresses as the network writes them.
 
     Raises:
         ValueError, OSError: one of them is not an address of this family.
     """
-    packed = b"".join(map(inet_pton, repeat(AF_INET if family == 4 else AF_INET6), addresses))
+    return b"".join(map(inet_pton, repeat(AF_INET if family == 4 else AF_INET6), addresses))
+
+
+def _numbers(family: int, packed: bytes) -> Bounds:
     words = array("I" if family == 4 else "Q")
     words.frombytes(packed)
     if byteorder == "little":

@@ -268,9 +268,8 @@ def _detail(policy: Policy, listener: int, number: int) -> Detail:
 
 def _packed(starts: array[int], classes: array[int]) -> array[int]:
     """Return ``start << 32 | class`` for each range, without making an integer of each."""
-    words = array("I", bytes(8 * len(starts)))
-    words[_HIGH_WORD::2] = starts
-    words[1 - _HIGH_WORD :: 2] = classes
-    packed = array("Q")
-    packed.frombytes(memoryview(words).cast("B"))
+    packed = array("Q", (0,)) * len(starts)
+    words = memoryview(packed).cast("B").cast("I")
+    words[_HIGH_WORD::2] = memoryview(starts)
+    words[1 - _HIGH_WORD :: 2] = memoryview(classes)
     return packed

@@ -6,8 +6,7 @@ bound at 0, put in or taken out; "is it inside" is the parity of one binary sear
 plus one of two primitives, both made of C loops over compact arrays:
 
 - `_clip`, when one side is small: its time depends on the large side only by what is copied from it;
-- `_join`, a union by two sorts: a gap lies between the i-th and the next range exactly when the i-th smallest end
-  comes before the next smallest start, whichever starts and ends belong together.
+- `_join`, a union of all that begins and all that ends, each sorted by itself.
 
 IPv4-mapped IPv6 addresses (``::ffff:0:0/96``) are IPv4. Whoever parses an address normalizes it (`normalize`), so the
 IPv6 side is never asked about them. The algebra does not cut them out: complement is over all 2**128 addresses, ``any``
@@ -20,8 +19,9 @@ import ipaddress
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, compress, islice, repeat
-from operator import add, and_, lshift, lt, or_, rshift
+from itertools import accumulate, chain, compress, islice, repeat
+from operator import add, and_, le, lshift, lt, or_, rshift, sub
+from sys import byteorder
 from typing import ClassVar, Self, TypeAlias, overload
 
 LOW64 = (1 << 64) - 1
@@ -30,6 +30,11 @@ BITS = {4: 32, 6: 128}
 _MAPPED_PREFIX = 0xFFFF
 _SMALL = 16  # bounds: below that a loop in Python is as fast as anything
 _MUCH_SMALLER = 8  # times
+_LOW_WORD = 0 if byteorder == "little" else 1
+# Where the bytes of 64 and 32 bits lie in memory, the lowest first.
+_BYTE_OF_64 = tuple(range(8) if byteorder == "little" else range(7, -1, -1))
+_BYTE_OF_32 = tuple(range(4) if byteorder == "little" else range(3, -1, -1))
+_SIZES_BY_BYTE = 256
 
 
 def normalize(family: int, address: int) -> tuple[int, int]:
@@ -113,13 +118,20 @@ class Ranges:
     @classmethod
     def of(cls, family: int, pairs: Iterable[tuple[int, int]]) -> Self:
         """Return the union of inclusive (first, last) pairs in any order, overlapping or not."""
-        listed = list(pairs)
-        return cls(family, _join(family, [first for first, _ in listed], [last + 1 for _, last in listed]))
+        listed = sorted(pairs)
+        starts, lasts = [first for first, _ in listed], [last for _, last in listed]
+        return cls.joined(family, bounds_from(family, starts), bounds_from(family, lasts))
 
     @classmethod
     def joined(cls, family: int, starts: Bounds, lasts: Bounds) -> Self:
-        """Return the union of the inclusive ranges ``starts[i]-lasts[i]`` in any order; compact for large input."""
-        ends: Sequence[int] = list(map(add, lasts, repeat(1))) if family == 6 else _behind(lasts)
+        """Return the union of the inclusive ranges ``starts[i]-lasts[i]`` in any order; a million take half a second."""
+        if isinstance(starts, Wide):
+            return cls(family, _join(family, sorted(starts), sorted(map(add, lasts, repeat(1)))))
+        if not all(map(le, starts, islice(starts, 1, None))):
+            return cls(family, _join(family, *_sorted_spans(starts, lasts)))
+        ends = array("Q", map(add, lasts, repeat(1)))
+        if not all(map(le, ends, islice(ends, 1, None))):
+            ends = array("Q", accumulate(ends, max))
         return cls(family, _join(family, starts, ends))
 
     def __len__(self) -> int:
@@ -156,8 +168,8 @@ class Ranges:
             return large
         if _is_small(small, large):
             return ~_clip(~small, large, outside=True)
-        starts = list(chain(small.bounds[0::2], large.bounds[0::2]))
-        ends = list(chain(small._ends(), large._ends()))
+        starts = sorted(chain(small.bounds[0::2], large.bounds[0::2]))
+        ends = sorted(chain(small._ends(), large._ends()))
         return Ranges(self.family, _join(self.family, starts, ends))
 
     def __and__(self, other: Ranges) -> Ranges:
@@ -215,25 +227,57 @@ def _clip(small: Ranges, large: Ranges, *, outside: bool) -> Ranges:
     return Ranges(small.family, out)
 
 
-def _behind(lasts: Iterable[int]) -> array[int]:
-    """Return each address plus one; the address behind the last of all takes wider items."""
-    try:
-        return array("I", map(add, lasts, repeat(1)))
-    except OverflowError:
-        return array("Q", map(add, lasts, repeat(1)))
+def _sorted_spans(starts: array[int], lasts: Sequence[int]) -> tuple[array[int], array[int]]:
+    """Return the starts in order, and ends in order that leave the same gaps."""
+    sizes = list(map(sub, lasts, starts))
+    distinct = list(dict.fromkeys(sizes))
+    if len(distinct) > _SIZES_BY_BYTE:
+        return array("I", sorted(starts)), array("Q", sorted(map(add, lasts, repeat(1))))
+    # Networks have few sizes: one sort of starts, each with the number of its size in a byte, carries the ends along.
+    numbers = {size: number for number, size in enumerate(distinct)}
+    starts, carried = _sorted(starts, bytes(map(numbers.__getitem__, sizes)))
+    del sizes
+    ends = map(add, starts, map([size + 1 for size in distinct].__getitem__, carried))
+    return starts, array("Q", accumulate(ends, max))
+
+
+def _sorted(values: array[int], carried: bytes) -> tuple[array[int], bytes]:
+    """Return the values in order, and the byte that came with each.
+
+    Python sorts floats twice as fast as integers of 32 bits. The bits of value and byte become the low 40 bits of the
+    mantissa of a float between 2**52 and 2**53, whose order is theirs, and are read back from there: nothing is computed.
+    """
+    raw = values.tobytes()
+    bits = bytearray(8 * len(values))
+    bits[_BYTE_OF_64[0] :: 8] = carried
+    for byte in range(4):
+        bits[_BYTE_OF_64[1 + byte] :: 8] = raw[_BYTE_OF_32[byte] :: 4]
+    bits[_BYTE_OF_64[6] :: 8] = b"\x30" * len(values)
+    bits[_BYTE_OF_64[7] :: 8] = b"\x43" * len(values)
+    floats = array("d")
+    floats.frombytes(bits)
+    del bits
+    floats = array("d", sorted(floats))
+    sorted_bits = floats.tobytes()
+    raw_back = bytearray(len(raw))
+    for byte in range(4):
+        raw_back[_BYTE_OF_32[byte] :: 4] = sorted_bits[_BYTE_OF_64[1 + byte] :: 8]
+    return array("I", bytes(raw_back)), sorted_bits[_BYTE_OF_64[0] :: 8]
 
 
 def _join(family: int, starts: Sequence[int], ends: Sequence[int]) -> Bounds:
-    """Return the bounds of the union of ``[start, end)`` in any order; see the top of this module."""
+    """Return the bounds of the union of ranges, given all starts and all ends (first address outside), both sorted.
+
+    A gap lies where the i-th smallest end comes before the next smallest start, whichever belong together.
+    """
     if not starts:
         return bounds_from(family, ())
-    if not all(map(lt, ends, islice(starts, 1, None))):
-        starts, ends = _like(starts, sorted(starts)), _like(ends, sorted(ends))
-        gaps = bytes(map(lt, ends, islice(starts, 1, None)))
+    gaps = bytes(map(lt, ends, islice(starts, 1, None)))
+    if not all(gaps):
         starts = _like(starts, chain(starts[:1], compress(islice(starts, 1, None), gaps)))
         ends = _like(ends, chain(compress(ends, gaps), ends[-1:]))
     if ends[-1] == 1 << BITS[family]:  # reaches the last address: no closing bound
-        return _alternating(family, starts, ends[:-1])
+        ends = ends[:-1]
     return _alternating(family, starts, ends)
 
 
@@ -257,7 +301,14 @@ def _like(values: Sequence[int], items: Iterable[int]) -> Sequence[int]:
 
 
 def _narrow(values: Sequence[int]) -> array[int]:
-    return values if isinstance(values, array) and values.typecode == "I" else array("I", values)
+    """Return numbers below 2**32 as the smallest items."""
+    if not isinstance(values, array):
+        return array("I", values)
+    if values.typecode == "I":
+        return values
+    words = array("I")
+    words.frombytes(memoryview(values).cast("B"))
+    return words[_LOW_WORD::2]
 
 
 class AddressSet:
