@@ -199,7 +199,7 @@ def _explain(text: str, shapes: str) -> str:
         network = ".".join(octets_known + ["0"] * (4 - len(octets_known))) + f"/{8 * len(octets_known)}"
         return f"{quote(text)} is not an address, did you mean the network {quote(network)}?"
     address, _, port = text.rpartition(":")
-    if port.isdigit() and _is_address(address.strip("[]")):
+    if port.isdigit() and (address.startswith("[") or ":" not in address) and _is_address(address.strip("[]")):
         return f"{quote(text)} has a port, did you mean {quote(address.strip('[]'))}? (ports belong to listeners and to \"to\")"
     if _HOST_NAME.fullmatch(text):
         return f"{quote(text)} is a host name: write {shapes}"

@@ -128,7 +128,16 @@ def _watched(listener: Value, files: Files) -> Iterator[Watched]:
             if span.family == 0 and protocol == "udp":
                 message = "a udp listener has addresses and ports, not unix sockets: write one like 0.0.0.0:53"
                 files.error(item.spot, "listener.listen", message)
+            elif span.family == 0:
+                _check_length(span.host, item.spot, "listener.listen", files)
             yield Watched(protocol, span, item.spot, _name(listener))
+
+
+def _check_length(path: str, spot: Spot, code: str, files: Files) -> None:
+    """Report a relative path that is too long once it is absolute."""
+    if len(os.fsencode(path)) > addresses.PATH_MOST:
+        message = f"the path is {quote(path)}, but the kernel takes at most {addresses.PATH_MOST} bytes: write a shorter one"
+        files.error(spot, code, message)
 
 
 def _check_count(watched: list[Watched], files: Files) -> None:
@@ -168,6 +177,7 @@ def _check_backend(listener: Value, watched: list[Watched], files: Files) -> Non
     protocol = _protocol(listener)
     if backend.family == 0:
         backend = Backend(0, absolute(backend.host, item.spot.place.file), 0)
+        _check_length(backend.host, item.spot, "listener.backend", files)
         if protocol == "udp":
             files.error(item.spot, "listener.backend", "a udp listener has a backend with an address, like 127.0.0.1:5353")
     listen = listener.get("listen")

@@ -46,7 +46,7 @@ class Names:
         near = nearest(word, known) if self.guesses <= GUESSES_MOST else None
         if near is not None:
             return Refusal("unknown-name", f"there is no {kind} {quote(word)}, did you mean {quote(near)}?")
-        there = f"the {kind}s are {listed(known, 'and')}" if known else f"there are no {kind}s"
+        there = f"known {kind}s: {listed(known, 'and')}" if known else f"there are no {kind}s"
         return Refusal("unknown-name", f"there is no {kind} {quote(word)} ({there}){otherwise}")
 
 
@@ -199,6 +199,13 @@ def parse_metrics(text: str) -> addresses.Span:
     if len(spans) > 1 or spans[0].first_port != spans[0].last_port or spans[0].family == 0:
         raise ValueError(f'{quote(text)} is not one address and port: write 127.0.0.1:9180, 0.0.0.0:9180 or "[::]:9180"')
     return spans[0]
+
+
+def parse_metrics_off(value: Any) -> str:
+    """Return the only word that stands in place of a mapping."""
+    if value == "off":
+        return "off"
+    raise ValueError(f"metrics is {{listen: 127.0.0.1:9180}} or off, not {describe(value)}")
 
 
 def parse_version(value: Any) -> int:

@@ -20,9 +20,12 @@ def lint(policy: Policy) -> Iterator[Problem]:
             targets = ", ".join(map(str, rule.targets or ()))
             yield _warn(rule, "unreachable", f'no listener is at {targets}, so the rule {quote(rule.name)} never matches: check its "to"')
         elif reach & ~closed == 0:
-            above = next(closer for mask, closer in closers if mask & reach)
-            message = f"the rule {quote(rule.name)} never decides: {quote(above.name)} ({_where(above, rule)}) matches everybody before it"
-            yield _warn(rule, "unreachable", f"{message}, move this rule above it or remove it")
+            above = next(
+                (closer for mask, closer in closers if reach & ~mask == 0),
+                next(closer for mask, closer in closers if mask & reach),
+            )
+            message = f"the rule {quote(rule.name)} never decides: everybody is matched before it, by {quote(above.name)} ({_where(above, rule)})"
+            yield _warn(rule, "unreachable", f"{message}: move this rule up or remove it")
         elif not rule.sources.included:
             yield _warn(rule, "empty", f"the rule {quote(rule.name)} never matches: there is no address in {rule.sources.from_text}")
         elif rule.sources.excluded and not rule.sources.included - rule.sources.excluded:

@@ -109,7 +109,7 @@ def _load_lists(root: Value, files: Files) -> dict[str, ListFile]:
     read: dict[str, ListFile] = {}
     for name, value in sets.data.items() if sets is not None and isinstance(sets.data, dict) else ():
         named = value.get("file")
-        if named is None or not isinstance(named.data, str):
+        if named is None or not isinstance(named.data, str) or not named.data:
             continue
         path = os.path.join(os.path.dirname(named.spot.place.file), named.data)
         try:

@@ -42,7 +42,8 @@ def _explain(item: Any, root: Value) -> Problem | None:
     model = MODELS.get(section, RuleFile) if len(path) > 1 else RuleFile
     code = _code(section, path)
     if kind == "missing":
-        return _missing(spot, str(loc[-1]), model if path else RuleFile)
+        key = str(loc[-1])
+        return None if value is not None and _stands_in(value, key, model) else _missing(spot, key, model)
     if kind == "extra_forbidden":
         return _unknown(spot, str(loc[-1]), model)
     if kind == "value_error":
@@ -75,6 +76,13 @@ def _wrong_type(kind: str, item: Any, path: Sequence[str | int], model: type[Str
 
 def _missing(spot: Spot, key: str, model: type[Strict]) -> Problem:
     return _problem(spot, "missing-key", f'the key "{key}" is missing here: {_description(model, key)}')
+
+
+def _stands_in(value: Value, key: str, model: type[Strict]) -> bool:
+    """Say whether another key in this mapping, which is reported anyway, stands in place of the missing one."""
+    keys = known_keys(model)
+    others = [other for other in value.keys if other not in keys]
+    return any(nearest(other, keys) == key or (key == "file" and other in model.LATER) for other in others)
 
 
 def _unknown(spot: Spot, key: str, model: type[Strict]) -> Problem:

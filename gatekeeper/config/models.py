@@ -142,7 +142,7 @@ class MetricsModel(Strict):
 
 MetricsItem = Annotated[
     Annotated[MetricsModel, Tag("listen")]
-    | Annotated[Annotated[str, choice(("off",)), WithJsonSchema({"const": "off"})], Tag("off")],
+    | Annotated[Annotated[str, BeforeValidator(fields.parse_metrics_off), WithJsonSchema({"const": "off"})], Tag("off")],
     Discriminator(lambda value: "listen" if isinstance(value, (dict, MetricsModel)) else "off"),
 ]
 

@@ -179,19 +179,19 @@ class _Builder:
     def _explain(self, err: yaml.MarkedYAMLError, spot: Spot) -> str:
         """Return what the parser found, and what was probably meant."""
         line = self._lines[spot.place.line - 1]
-        message = ": ".join(filter(None, (err.context, err.problem)))
+        found = " ".join(filter(None, (err.problem, err.context)))
         if err.context_mark is not None and err.context_mark.line != spot.place.line - 1:
-            message += f" (it starts in line {err.context_mark.line + 1})"
-        rest = line[: spot.place.column].strip()
+            found += f" that starts in line {err.context_mark.line + 1}"
+        rest = line[spot.place.column - 1 :]
         hint = ""
         if "\t" in line[: len(line) - len(line.lstrip())]:
             hint = "indent with spaces, not tabs"
         elif re.search(r"(^|[\s,\[{])\*:", line):
             hint = 'quote addresses that start with "*", like "*:22"'
-        elif re.search(r"(^|[\s,\[{:-])(\[[0-9a-fA-F:.]*\]:|[\[{,]\s*::)", line):
+        elif rest.lstrip().startswith("::") or re.search(r"\[[0-9a-fA-F:.]*\]:", line):
             hint = 'quote IPv6 addresses, like "[::]:22" or "::1"'
         elif err.problem and "cannot start any token" in err.problem:
-            hint = f"quote text that starts with {quote(rest[-1:])}"
+            hint = f"quote text that starts with {quote(rest[:1])}"
         elif err.problem and "mapping values are not allowed" in err.problem:
             hint = 'quote text with ": " in it, or check the indentation'
         elif "flow" in (err.context or ""):
@@ -200,7 +200,7 @@ class _Builder:
             hint = "a closing quote is missing"
         elif "block" in (err.context or ""):
             hint = "check the indentation"
-        return f"{message}: {hint}" if hint else message
+        return f"this is not YAML: {hint} ({found})" if hint else f"this is not YAML: {found}"
 
     def _say(self, spot: Spot, code: str, message: str) -> None:
         self._problems.append(Problem(spot.place, Severity.ERROR, code, message, spot.length))
@@ -232,15 +232,15 @@ class _Builder:
         return self._mapping(event, spot, depth)
 
     def _explain_alias(self, event: Any, spot: Spot) -> str:
-        line = self._lines[spot.place.line - 1]
-        word = line[spot.place.column - 1 :].split(" #")[0].strip() or f"*{event.anchor}"
+        word = self._lines[spot.place.line - 1][spot.place.column - 1 :].split(" #")[0].strip() or f"*{event.anchor}"
         return f'aliases are not supported: write the value out, or quote text that starts with "*", like {quote(word)}'
 
     def _refuse_decoration(self, event: Any, spot: Spot) -> bool:
         if event.anchor is not None:
             self._say(spot, "yaml.anchor", f"anchors are not supported: remove {quote('&' + event.anchor)}, name a set or a listener instead")
         if event.tag is not None:
-            self._say(spot, "yaml.tag", f'tags are not supported: remove {quote(event.tag)}, or quote text that starts with "!"')
+            word = next(iter(self._lines[spot.place.line - 1][spot.place.column - 1 :].split()), event.tag)
+            self._say(spot, "yaml.tag", f'tags are not supported: remove {quote(word)}, or quote text that starts with "!"')
         return event.anchor is not None or event.tag is not None
 
     def _scalar(self, event: Any, spot: Spot) -> Scalar:
