@@ -37,6 +37,7 @@ class System:
     backend: Backend
     ports: dict[str, int]
     process: subprocess.Popen[bytes] | None = None
+    roles: frozenset[str] = frozenset()  # what must be running for a turn to count
 
     def pids(self) -> list[int]:
         """All its processes now; none for the direct way."""
@@ -73,7 +74,10 @@ def start(name: str, command: list[str], directory: str, port: int, cwd: str | N
     """Start ``command`` and wait until a byte comes back through ``port``; what it says goes to a file there."""
     said = os.path.join(directory, f"{name}.out")
     with open(said, "wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd)
+        # Each in a session of its own, as services are: the kernel's autogroups treat them alike, and Ctrl-C is ours.
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, start_new_session=True
+        )
     try:
         wait_until(name, lambda: echoes(port), process)
     except BenchError as err:
@@ -207,4 +211,5 @@ def start_gatekeeper(backend: Backend, directory: str, command: str | None = Non
     process = start("gatekeeper", words, directory, ports["tcp"], cwd=home)
     version = output(sys.executable, "-c", "import gatekeeper; print(gatekeeper.__version__)")
     python = ".".join(str(part) for part in sys.version_info[:3])
-    return System("gatekeeper", f"{version} on Python {python}", backend, ports, process)
+    roles = frozenset() if command else frozenset({"supervisor", "worker", "observer"})
+    return System("gatekeeper", f"{version} on Python {python}", backend, ports, process, roles)

@@ -69,6 +69,10 @@ def scenario_table(record: dict[str, Any]) -> str:
     if len(shares) > 1:
         parts = [f"{what} {_number(share / scale)}" for what, share in shares.items()]
         lines.append(f"  {subject} by process, CPU {unit}/{record['unit']}: {', '.join(parts)}")
+    for name, count in record["left_out"].items():
+        lines.append(
+            f"  {count} turns of {name} left out: nothing came back, or one of its processes ended or was missing"
+        )
     itself = record.get("nginx_to_itself")
     if itself:
         lines.append(f"  nginx ÷ nginx again: {_ratio(itself)}")

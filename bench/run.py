@@ -161,6 +161,9 @@ def main(argv: list[str] | None = None) -> int:
             with open(options.json, "w") as file:
                 json.dump(document, file, indent=1)
                 file.write("\n")
+        missing = [record["name"] for record in document["scenarios"] if systems[0].name not in record["systems"]]
+        if missing and systems[0].name == "gatekeeper":
+            raise BenchError(f"nothing was measured of gatekeeper in {', '.join(missing)}; see --keep for what it says")
     except BenchError as err:
         print(f"bench: {err}", file=sys.stderr)
         return 3

@@ -57,12 +57,14 @@ def views(systems: Sequence[System], scenario: Scenario) -> list[View]:
 
 
 def take_turn(view: View, generator: Generator, scenario: Scenario, seconds: float) -> Turn | None:
-    """Drive ``view`` once; None when nothing at all was done."""
+    """Drive ``view`` once; None when nothing at all was done, or when processes of the system came, went or were missing."""
     own = view.system.pids()
     others = [generator.process.pid, view.system.backend.process.pid]
     before_own, before_others = {pid: cpu_ns([pid]) for pid in own}, cpu_ns(others)
     result = generator.turn(seconds)
     settle(own + others)
+    if view.system.pids() != own or not view.system.roles <= {role(pid) for pid in own}:
+        return None
     shares: dict[str, float] = {}
     for pid in own:
         shares[role(pid)] = shares.get(role(pid), 0.0) + cpu_ns([pid]) - before_own[pid]
@@ -136,9 +138,11 @@ def record(scenario: Scenario, taken: dict[str, list[Turn | None]]) -> dict[str,
     """Spreads and ratios of the turns; ``taken[name]`` has one entry a round."""
     subject = next(iter(taken), None)
     document: dict[str, Any] = asdict(scenario)
-    document.update(subject=subject, systems={}, ratios={}, machine_ratios={})
+    document.update(subject=subject, systems={}, ratios={}, machine_ratios={}, left_out={})
     for name, turns in taken.items():
         done = [turn for turn in turns if turn]
+        if len(done) < len(turns):
+            document["left_out"][name] = len(turns) - len(done)
         if not done:
             continue
         figures: dict[str, Any] = {
