@@ -143,6 +143,13 @@ def measure(options: argparse.Namespace, systems: list[System], program: str) ->
     return document
 
 
+def insist(subject: str, document: dict[str, Any]) -> None:
+    """Raise BenchError when there is a scenario in which nothing was measured of ``subject``."""
+    missing = [record["name"] for record in document["scenarios"] if subject not in record["systems"]]
+    if subject == "gatekeeper" and missing:
+        raise BenchError(f"nothing was measured of gatekeeper in {', '.join(missing)}; see --keep for what it says")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return 0, or 3 when the comparison could not be made."""
     options = parser().parse_args(argv)
@@ -161,9 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             with open(options.json, "w") as file:
                 json.dump(document, file, indent=1)
                 file.write("\n")
-        missing = [record["name"] for record in document["scenarios"] if systems[0].name not in record["systems"]]
-        if missing and systems[0].name == "gatekeeper":
-            raise BenchError(f"nothing was measured of gatekeeper in {', '.join(missing)}; see --keep for what it says")
+        insist(systems[0].name, document)
     except BenchError as err:
         print(f"bench: {err}", file=sys.stderr)
         return 3
