@@ -116,7 +116,7 @@ def test_the_log_can_be_rotated(run_gate: Callable[..., Gate], folder: Path) -> 
                 assert ask(client) == b"are you there?"
             gate.wait_for_audit(1, "connection")
             gate.audit_path.rename(folder / f"rotated-{number}")
-            assert gate.reload()["successful"] is True
+            assert gate.reload()["success"] is True
     assert not any(event["event_type"] == "connection" for event in gate.audit())
     lines = [line for number in range(3) for line in (folder / f"rotated-{number}").read_text().splitlines()]
     assert sum('"event_type":"connection"' in line for line in lines) == 3

@@ -76,14 +76,14 @@ def test_reload_under_load_changes_verdicts_and_ends_no_session(
         load.wait_for_more()
         assert nobody_listens(second)
 
-        assert gate.reload(policy([first, second], backend, NOT_NINE, dns))["successful"] is True
+        assert gate.reload(policy([first, second], backend, NOT_NINE, dns))["success"] is True
         assert is_refused("127.9.0.9", first)
         assert is_refused("127.9.0.9", second)
         with Sources().connect("127.0.0.1", "127.0.0.1", second) as added:
             assert ask(added) == b"are you there?"
             load.wait_for_more()
 
-            assert gate.reload(policy([first], backend, EVERYBODY, dns))["successful"] is True
+            assert gate.reload(policy([first], backend, EVERYBODY, dns))["success"] is True
             until(lambda: nobody_listens(second), "the removed listener is closed")
             assert ask(added) == b"are you there?"  # the listener has gone, its session has not
         assert not is_refused("127.9.0.9", first)
@@ -112,7 +112,7 @@ def test_a_broken_file_changes_nothing_and_says_why(run_gate: Callable[..., Gate
         }
         for what, text in broken.items():
             event = gate.reload(text)
-            assert event["successful"] is False, what
+            assert event["success"] is False, what
             assert event["error"], what
             gate.wait_for_value(0, "gatekeeper_config_last_reload_successful")
             assert is_refused("127.9.0.9", port), what
@@ -121,14 +121,37 @@ def test_a_broken_file_changes_nothing_and_says_why(run_gate: Callable[..., Gate
         before = len(gate.audit("reload"))
         gate.signal(signal.SIGHUP)
         until(lambda: len(gate.audit("reload")) > before, "the missing file is reported")
-        assert gate.audit("reload")[-1]["gatekeeper"]["successful"] is False
+        assert gate.audit("reload")[-1]["gatekeeper"]["success"] is False
         for text in ("rules.yaml:", "colour", str(taken.getsockname()[1])):
             assert text in gate.output()
         load.wait_for_more(10)
-        assert gate.reload(policy([port], backend, EVERYBODY))["successful"] is True
+        assert gate.reload(policy([port], backend, EVERYBODY))["success"] is True
         gate.wait_for_value(1, "gatekeeper_config_last_reload_successful")
         assert not is_refused("127.9.0.9", port)
         assert load.failures == []
+
+
+@pytest.mark.timeout(120)
+def test_a_big_list_is_reloaded_under_load(run_gate: Callable[..., Gate], backend: TcpBackend, folder: Path) -> None:
+    """A set file of 200,000 networks that changes is in force after SIGHUP, and no session fails meanwhile."""
+    port = free_port()
+    addresses = folder / "blocked.txt"
+    networks = [f"{10 + (n >> 16)}.{(n >> 8) & 255}.{n & 255}.0/28" for n in range(200_000)]
+    addresses.write_text("\n".join(networks) + "\n")
+    sets = f"sets:\n  blocked: {{file: {addresses}}}\n"
+    rules = "  - {name: blocked, action: deny, from: blocked}\n" + EVERYBODY
+    gate = run_gate(policy([port], backend, rules, sets), workers=2)
+    with Load("127.0.0.1", port, SOURCES) as load:
+        assert not is_refused("127.9.0.1", port)
+        for blocked in (True, False):
+            addresses.write_text("\n".join([*networks, *["127.9.0.0/24 # new"] * blocked]) + "\n")
+            assert gate.reload()["success"] is True
+            assert is_refused("127.9.0.1", port) is blocked
+        addresses.write_text("127.9.0.0/33\n")
+        assert gate.reload()["success"] is False
+        assert f"{addresses}:1:1" in gate.output()
+        load.wait_for_more()
+    assert load.failures == []
 
 
 def test_counters_survive_reloads(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:
@@ -137,12 +160,13 @@ def test_counters_survive_reloads(run_gate: Callable[..., Gate], backend: TcpBac
     gate = run_gate(policy([port], backend, NOT_NINE))
     expected: Counter[tuple[str, str, str, str]] = Counter()
     for rules in (NOT_NINE, EVERYBODY, "  - {name: new, action: drop, from: 127.8.0.0/16}\n" + NOT_NINE, NOT_NINE):
-        assert gate.reload(policy([port], backend, rules))["successful"]
+        assert gate.reload(policy([port], backend, rules))["success"]
         for source in ("127.0.0.1", "127.9.0.1"):
             refused = is_refused(source, port)
             assert refused == (source == "127.9.0.1" and rules != EVERYBODY)
             expected["web0", "deny" if refused else "allow", "nine" if refused else "everybody", "rule"] += 1
         gate.wait_for_verdicts(expected)
+        gate.wait_for_value(1, "gatekeeper_policy_info", hash=gate.audit("reload")[-1]["gatekeeper"]["policy"])
 
 
 @pytest.mark.timeout(120)
@@ -206,6 +230,22 @@ def test_a_killed_observer_is_replaced_and_the_data_path_does_not_notice(
     assert gate.scrape().value("gatekeeper_connections_total") > before
 
 
+def test_a_stopped_observer_holds_nobody_up(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:
+    """While the observer does not run (SIGSTOP), sessions go on; afterwards all of them have been counted."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, EVERYBODY))
+    with Load("127.0.0.1", port, SOURCES) as load:
+        load.wait_for_more()
+        observer = gate.observer_pid()
+        subprocess.run(["kill", "-STOP", str(observer)], check=True)
+        try:
+            load.wait_for_more(2000)
+        finally:
+            subprocess.run(["kill", "-CONT", str(observer)], check=True)
+    assert load.failures == []
+    gate.wait_for_value(load.done, "gatekeeper_connections_total", action="allow")
+
+
 def gate_answers(gate: Gate) -> bool:
     """Whether /metrics is served."""
     try:
@@ -250,6 +290,23 @@ def test_draining_lets_live_sessions_finish(run_gate: Callable[..., Gate], backe
     assert gate.wait() == 0
     ends_told = Counter(event["gatekeeper"]["end"] for event in gate.audit("connection"))
     assert ends_told == {"finished": len(clients)}
+
+
+def test_the_service_manager_is_told_how_it_goes(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:
+    """sd_notify: READY and STATUS at start, WATCHDOG while it lives, RELOADING around a reload, STOPPING at the end."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, EVERYBODY), env={"WATCHDOG_USEC": "1000000"})
+    for _ in range(2):
+        gate.wait_notified("WATCHDOG=1")
+        gate.notified.clear()
+    gate.reload()
+    gate.wait_notified("READY=1")
+    assert "RELOADING=1" in gate.notified
+    assert any(line.startswith("MONOTONIC_USEC=") for line in gate.notified)
+    assert any(line.startswith("STATUS=serving web0") for line in gate.notified)
+    gate.signal(signal.SIGINT)
+    gate.wait_notified("STOPPING=1")
+    assert gate.wait() == 0
 
 
 def test_a_second_signal_ends_the_draining(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:

@@ -167,7 +167,7 @@ def test_udp_flows_end_after_idle_timeout_and_max_responses(run_gate: Callable[.
             for name, port, more in (
                 ("idle", ports[0], "idle_timeout: 1s"),
                 ("two", ports[1], "max_responses: 2"),
-                ("none", ports[2], "max_responses: 0"),
+                ("no-reply", ports[2], "max_responses: 0"),
             )
         )
         gate = run_gate(f"listeners:\n{listeners}default: allow\n")
@@ -179,7 +179,7 @@ def test_udp_flows_end_after_idle_timeout_and_max_responses(run_gate: Callable[.
         assert {event["gatekeeper"]["listener"]: event["gatekeeper"]["end"] for event in events} == {
             "idle": "idle_timeout",
             "two": "responses",
-            "none": "responses",
+            "no-reply": "responses",
         }
         assert {event["proto"] for event in events} == {"UDP"}
         gate.wait_for_value(0, "gatekeeper_sessions")

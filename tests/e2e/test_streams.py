@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import random
 import socket
+import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,7 @@ from tests.support.backends import TcpBackend, banner, read_to_end, reset
 from tests.support.clients import PATIENCE_S, Sources, ask, send_and_end
 from tests.support.gate import Gate
 from tests.support.ports import free_port, free_ports
+from tests.support.wait import until
 
 TRANSFERS, AT_ONCE = 2000, 16
 BIG = 1 << 20
@@ -101,6 +105,92 @@ def test_a_reset_arrives_as_a_reset_after_the_data(pair: Pair, backend_first: bo
     reset(first)
     with pytest.raises(ConnectionResetError):
         second.recv(1)
+
+
+@pytest.mark.parametrize("backend_first", [False, True], ids=["client", "backend"])
+def test_a_reset_waits_for_a_reader_that_is_slow(pair: Pair, backend_first: bool) -> None:
+    """What the gate's host had acknowledged before a reset still reaches a reader that begins to read only afterwards."""
+    first, second = pair.ends(backend_first)
+    data = random.Random(0).randbytes(300_000)
+    first.sendall(data)
+    until(lambda: unacknowledged(first) == 0, "all is acknowledged")
+    reset(first)
+    received = bytearray()
+    while len(received) < len(data):
+        received += second.recv(1 << 16)
+    assert bytes(received) == data
+    with pytest.raises(ConnectionResetError):
+        second.recv(1)
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Return how many bytes the other host has not acknowledged yet (SIOCOUTQ)."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+@pytest.mark.parametrize("backend_first", [False, True], ids=["client", "backend"])
+def test_a_reader_that_pauses_stops_the_writer_and_misses_nothing(
+    run_gate: Callable[..., Gate], server: socket.socket, backend_first: bool
+) -> None:
+    """48 MiB for somebody who does not read: the writer is stopped, the worker's memory stays, and then all arrives."""
+    port = free_port()
+    gate = run_gate(open_policy(f"127.0.0.1:{port}", f"127.0.0.1:{server.getsockname()[1]}"))
+    (worker,) = gate.worker_pids()
+    session = Pair(port, server)
+    try:
+        writer, reader = session.ends(backend_first)
+        block = random.Random(1).randbytes(BIG)
+        total, sent = 48, hashlib.sha256()
+        before_kib = resident_kib(worker)
+        progress = 0
+
+        def write() -> None:
+            nonlocal progress
+            for number in range(total):
+                part = number.to_bytes(8, "big") + block[8:]
+                writer.sendall(part)
+                sent.update(part)
+                progress = number + 1
+            writer.shutdown(socket.SHUT_WR)
+
+        def has_stopped() -> bool:
+            """Whether the writer made no progress for ten questions."""
+            history.append(progress)
+            return len(history) > 30 and len(set(history[-30:])) == 1 and unacknowledged(writer) > 0
+
+        history: list[int] = []
+        thread = threading.Thread(target=write)
+        thread.start()
+        until(has_stopped, "the writer is stopped")
+        assert 0 < progress < total
+        assert resident_kib(worker) - before_kib < 8192
+        got, size = hashlib.sha256(), 0
+        while part := reader.recv(1 << 20):
+            got.update(part)
+            size += len(part)
+        thread.join()
+        assert (size, got.digest()) == (total * BIG, sent.digest())
+    finally:
+        session.close()
+
+
+def resident_kib(pid: int) -> int:
+    """Return the resident memory of a process."""
+    return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+
+
+def test_clients_that_vanish_at_once_are_judged_and_forgotten(run_gate: Callable[..., Gate]) -> None:
+    """300 clients that connect and reset at once: each is judged once, and no session or descriptor stays."""
+    port, clients = free_port(), 300
+    with TcpBackend() as backend:
+        gate = run_gate(open_policy(f"127.0.0.1:{port}", backend.address))
+        (worker,) = gate.worker_pids()
+        before = len(list(Path(f"/proc/{worker}/fd").iterdir()))
+        for number in range(clients):
+            reset(Sources().connect(f"127.0.{number % 250}.1", "127.0.0.1", port))
+        gate.wait_for_value(clients, "gatekeeper_connections_total", action="allow")
+        gate.wait_for_value(0, "gatekeeper_sessions")
+        until(lambda: len(list(Path(f"/proc/{worker}/fd").iterdir())) <= before + 2, "no descriptor is left")  # a pipe may
 
 
 def test_a_server_that_speaks_first_is_heard(run_gate: Callable[..., Gate]) -> None:

@@ -59,7 +59,7 @@ rules:
         victim = gate.worker_pids()[0]
         subprocess.run(["kill", "-9", str(victim)], check=True)
         until(lambda: len(gate.worker_pids()) == 2 and victim not in gate.worker_pids(), "a new worker is there")
-        assert gate.reload(text.replace("127.9.0.0/16", "127.8.0.0/16"))["successful"] is True
+        assert gate.reload(text.replace("127.9.0.0/16", "127.8.0.0/16"))["success"] is True
         for number in range(20):
             with Sources().connect(f"127.9.{number}.1", "127.0.0.1", port) as client:
                 assert ask(client) == b"are you there?"

@@ -112,6 +112,8 @@ def knock_everywhere(
                 with pytest.raises(BlockingIOError):
                     knocking.recv(100)
         gate.wait_for_verdicts(counted)  # what followed on the same sessions was not judged again
+        text = gate.scrape().text
+        assert not any(f'"{source}"' in text for _, source in knocks)  # a peer's address is never a label
     outcome: dict[str, Counter[Action]] = {}
     for (door, _), verdict in zip(knocks, verdicts, strict=True):
         outcome.setdefault(door.listener, Counter())[verdict.action] += 1
@@ -229,6 +231,8 @@ rules:
             else:
                 assert sources.is_refused(source, host, port)
             gate.wait_for_verdicts(expected)
+    told = {event["src_ip"] for kind in ("connection", "refusal") for event in gate.wait_for_audit(2, kind)}
+    assert told >= {remote.sources_v4[0], remote.sources_v6[0], remote.sources_v4[1], remote.sources_v6[1]}
 
 
 def test_deny_costs_the_backend_nothing(

@@ -71,6 +71,7 @@ ListenAddress 127.0.0.1
 HostKey {folder}/host_key
 PidFile none
 AuthorizedKeysFile {folder}/authorized_keys
+LogLevel VERBOSE
 StrictModes no
 UsePAM no
 PasswordAuthentication no
@@ -81,6 +82,10 @@ Subsystem sftp internal-sftp
 """)
         super().__init__([need.program("sshd"), "-D", "-e", "-f", f"{folder}/sshd_config"], folder, "sshd")
         self.wait_for_port(self.port)
+
+    def connections(self) -> int:
+        """Return how many connections have reached it."""
+        return self.output().count("Connection from ")
 
     def client_options(self, gate_host: str, gate_port: int) -> list[str]:
         """Return ssh options that log in through the gate and insist on this server's own host key."""
