@@ -87,6 +87,18 @@ def test_confine_keeps_the_right_to_read_only() -> None:
     assert status["NoNewPrivs"] == "1"
 
 
+def test_a_hardened_supervisor_keeps_what_it_uses() -> None:
+    """The supervisor keeps no capability that it has no use for, and what it lacked it does not get."""
+    status = status_after("privileges.harden()")
+    allowed = sum(1 << number for number in privileges.SUPERVISOR_USES)
+    held = sum(1 << number for number in privileges.effective_capabilities())
+    assert int(str(status["CapEff"]), 16) == held & allowed
+    assert int(str(status["CapPrm"]), 16) & ~allowed == 0
+    assert status["NoNewPrivs"] == "1"
+    if os.geteuid() == 0:
+        assert int(str(status["CapBnd"]), 16) & ~allowed == 0
+
+
 def test_drop_without_the_supervisor() -> None:
     """A child whose supervisor is gone already exits instead of going on alone."""
     call = "from gatekeeper.kernel import privileges; privileges.drop(None, None, None, 1 << 22)"

@@ -8,9 +8,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gatekeeper.snapshot.reader import Snapshot
+from gatekeeper.supervisor import child as children
 from gatekeeper.supervisor.compiling import Compilation, Compiled
 from gatekeeper.supervisor.loop import Loop
 
@@ -101,3 +105,66 @@ def test_a_compiler_that_hangs(compile_with: Compile) -> None:
     assert time.monotonic() - began < 20
 
 
+
+
+class TestTheRealOne:
+    """`gatekeeper.supervisor.compile` itself."""
+
+    @staticmethod
+    def run(*arguments: str, path: Path) -> tuple[dict[str, Any], bytes]:
+        """Return the report and the snapshot."""
+        snapshot = os.memfd_create("snapshot")
+        read, write = os.pipe()
+        command = [*children.python("gatekeeper.supervisor.compile"), *arguments, str(path)]
+        fds = ["--snapshot", str(snapshot), "--report", str(write), "--supervisor", str(os.getpid())]
+        ran = children.start([*command, *fds], [snapshot, write])
+        os.close(write)
+        with open(read, "rb") as pipe:
+            report = json.loads(pipe.read())
+        assert ran.wait(30) == 0
+        data = os.pread(snapshot, 1 << 20, 0)
+        os.close(snapshot)
+        return report, data
+
+    def test_a_sound_file(self, folder: Path) -> None:
+        """A sound file gives a snapshot that can be used, and warnings do not keep it from being applied."""
+        (folder / "rules.yaml").write_text(
+            'version: 1\nlisteners: [{name: a, listen: "127.0.0.1:1999", backend: "127.0.0.1:1998"}]\ndefault: deny\n'
+            "sets: {nobody: {file: empty.txt}}\nrules: [{name: x, action: allow, from: nobody}]\n"
+        )
+        (folder / "empty.txt").write_text("# nobody yet\n")
+        report, data = self.run(path=folder / "rules.yaml")
+        assert report["accepted"]
+        assert {item["severity"] for item in report["problems"]} == {"warning"}
+        assert "empty" in report["text"]
+        snapshot = Snapshot(data)
+        snapshot.validate()
+        assert snapshot.meta["rules"][0]["name"] == "x"
+
+    def test_a_file_whose_tests_fail(self, folder: Path) -> None:
+        """A policy that does not pass the tests in its own file is not accepted."""
+        (folder / "rules.yaml").write_text(
+            'version: 1\nlisteners: [{name: a, listen: "127.0.0.1:1999", backend: "127.0.0.1:1998"}]\ndefault: deny\n'
+            "tests: [{from: 10.0.0.1, to: a, expect: allow}]\n"
+        )
+        report, data = self.run(path=folder / "rules.yaml")
+        assert not report["accepted"]
+        assert [item["code"] for item in report["problems"]] == ["test"]
+        assert data == b""
+
+    def test_a_file_that_cannot_be_read(self, folder: Path) -> None:
+        """A missing file is not a problem in the file."""
+        report, _data = self.run(path=folder / "missing.yaml")
+        assert report["unreadable"]
+        assert report["failure"] == f"cannot read {folder}/missing.yaml: No such file or directory"
+
+    def test_memory_is_limited(self, folder: Path) -> None:
+        """What takes too much memory is given up with that reason, and the machine is not dragged down."""
+        with (folder / "list.txt").open("w") as entries:
+            entries.writelines(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}\n" for number in range(0, 4_000_000, 2))
+        (folder / "rules.yaml").write_text(
+            'version: 1\nlisteners: [{name: a, listen: "127.0.0.1:1999", backend: "127.0.0.1:1998"}]\ndefault: deny\n'
+            "sets: {many: {file: list.txt}}\nrules: [{name: x, action: allow, from: many}]\n"
+        )
+        report, _data = self.run("--memory", str(100 << 20), path=folder / "rules.yaml")
+        assert report["failure"] == f"compiling {folder}/rules.yaml takes more than 100 MiB of memory"

@@ -103,3 +103,16 @@ def test_a_stuck_worker_does_not_hold_up_the_stop(start: Start, folder: Path) ->
     service.signal(signal.SIGTERM)
     assert service.wait(30) == 0
     assert "instead of draining" in service.output()
+
+
+def test_an_observer_that_does_not_read(start: Start) -> None:
+    """An observer that is stopped is killed and replaced once it has not read for a while."""
+    service = start("fine", stuck_after_s=0.5, workers=1).ready()
+    (worker,) = service.workers()
+    (observer,) = set(children(service.pid)) - {worker}
+    os.kill(observer, signal.SIGSTOP)
+    service.reload()  # it is told
+    service.says(rf"the observer \(pid {observer}\) does not read what it is sent; killing it")
+    service.says("the observer was killed by SIGKILL; starting another")
+    until(lambda: set(children(service.pid)) - {worker, observer}, "there is another observer")
+    assert service.workers() == [worker]

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from gatekeeper.kernel import privileges
 from tests.supervisor.service import ROOT, Service, listener, rules
-from tests.support.backends import TcpBackend
+from tests.support.backends import TcpBackend, UdpBackend
 from tests.support.ports import free_port
 from tests.support.process import Process, children, is_running
 from tests.support.wait import until
@@ -264,6 +265,64 @@ class TestReload:
         until(lambda: not echoes(port), "the last file is in force")
         service.says("reloaded")
         assert service.output().count("reloaded") < 11
+
+
+    def test_workers_that_die_meanwhile(self, start: Start, backend: TcpBackend) -> None:
+        """Whenever workers die during reloads, in the end all judge by the policy that is said to be in force."""
+        port, other = free_port(), free_port()
+        with_other = listener(port, backend.port) + listener(other, backend.port, "other")
+        texts = {"allow": rules(with_other), "deny": rules(listener(port, backend.port), default="deny")}
+        service = start(texts["allow"], workers=2).ready()
+        for attempt in range(1, 10):
+            default = "deny" if attempt % 2 else "allow"
+            service.reload(texts[default])
+            if attempt % 3:
+                until(service.workers, "there is a worker to kill")
+                time.sleep(attempt / 40)  # at another moment of the reload each time
+                for pid in service.workers()[: 1 + attempt % 2]:
+                    os.kill(pid, signal.SIGKILL)
+            service.says("reloaded|reload failed", times=attempt)
+            in_force = "deny" if "serving web with" in service.says("serving") else "allow"
+            until(lambda: len(service.workers()) == 2, "both workers live")
+            seen = [echoes(port, source=f"127.0.0.{last}") for last in range(1, 11)]
+            assert seen == [in_force == "allow"] * 10
+            if in_force == "deny":
+                until(lambda: refused(other), "the listener that is gone is closed")
+            else:
+                assert all(echoes(other, source=f"127.0.0.{last}") for last in range(1, 11))
+
+    @pytest.mark.parametrize("family", [4, 6])
+    def test_datagram_listeners_come_and_go(self, start: Start, family: int) -> None:
+        """UDP listeners on a wildcard are added by a reload, answer from the address that was asked, and are removed."""
+        port, extra = free_port(), free_port()
+        wildcard, host = ("0.0.0.0", "127.0.0.3") if family == 4 else ("[::]", "::1")
+        with UdpBackend() as udp:
+            one = listener(port, udp.port, "one", wildcard, "udp")
+            service = start(rules(one), workers=2).ready()
+            service.reload(rules(one, listener(extra, udp.port, "two", wildcard, "udp")))
+            service.says("reloaded: serving one, two")
+            for number in (port, extra):
+                for _ in range(10):
+                    with socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as client:
+                        client.settimeout(5)
+                        client.connect((host, number))
+                        client.send(b"hello")
+                        assert client.recv(10) == b"hello"
+            service.reload(rules(one))
+            service.says("reloaded: serving one with")
+            with socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as client:
+                client.settimeout(5)
+                client.connect((host, extra))
+
+                def unreachable() -> bool:
+                    try:
+                        client.send(b"anybody?")
+                        client.recv(10)
+                    except ConnectionRefusedError:
+                        return True
+                    return False
+
+                until(unreachable, "the removed listener is closed")
 
 
 class TestStop:
