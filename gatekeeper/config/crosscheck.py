@@ -15,7 +15,7 @@ from gatekeeper.config import addresses
 from gatekeeper.config.addresses import WILDCARDS, Span
 from gatekeeper.config.files import Files
 from gatekeeper.config.tree import Spot, Value
-from gatekeeper.config.words import quote
+from gatekeeper.config.words import NAME, quote
 from gatekeeper.policy.model import Backend, format_address
 
 ENDPOINTS_MOST = 65536
@@ -63,7 +63,7 @@ def _check_unique(section: Value | None, kind: str, files: Files) -> None:
     first: dict[str, Spot] = {}
     for item in section.items() if section else ():
         name = item.get("name")
-        if name is None or not isinstance(name.data, str):
+        if name is None or not isinstance(name.data, str) or not NAME.fullmatch(name.data):
             continue
         known = first.setdefault(name.data, name.spot)
         if known is not name.spot:

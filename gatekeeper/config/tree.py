@@ -26,6 +26,7 @@ from gatekeeper.policy.model import Place
 DEPTH_MOST = 32
 VALUES_MOST = 100_000
 INTEGER_DIGITS_MOST = 18
+TOO_DEEP = f"this is nested more than {DEPTH_MOST} deep: no rule needs more than 5"
 
 _Loader: Any = getattr(yaml, "CLoader", yaml.Loader)
 LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what YAML takes for the end of a line
@@ -171,7 +172,10 @@ class _Builder:
                 # The end of the text is named after its last character, where the editor can go.
                 line = min(mark.line, len(self._lines) - 1)
                 spot = Spot(Place(self._file, line + 1, mark.column + 1), 1)
-            self._say(spot, "yaml.syntax", self._explain(err, spot))
+            if "nesting depth" in (err.problem or ""):  # libyaml's own limit: it reads ahead of its events
+                self._say(spot, "yaml.depth", TOO_DEEP)
+            else:
+                self._say(spot, "yaml.syntax", self._explain(err, spot))
         except (yaml.YAMLError, RecursionError) as err:
             self._say(Spot(Place(self._file, 1, 1), 1), "yaml.syntax", f"this is not YAML: {err}")
         raise _Unreadable
@@ -216,7 +220,7 @@ class _Builder:
         spot = self._spot(event)
         self._values += 1
         if depth > DEPTH_MOST:
-            self._say(spot, "yaml.depth", f"this is nested more than {DEPTH_MOST} deep: no rule needs more than 5")
+            self._say(spot, "yaml.depth", TOO_DEEP)
             raise _Unreadable
         if self._values > VALUES_MOST:
             self._say(spot, "yaml.size", f"more than {VALUES_MOST} values in one file: move addresses to a list file")
