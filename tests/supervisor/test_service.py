@@ -222,7 +222,7 @@ class TestReload:
         service.says(why)
         service.says("reload failed: the policy [0-9a-f]{12} stays in force")
         assert echoes(port)
-        until(lambda: "the last reload failed" in service.notifications()[-1], "the service manager knows")
+        until(lambda: "the last reload failed" in "\n".join(service.notifications()), "the service manager knows")
         service.reload(rules(listener(port, backend.port), default="deny"))
         service.says("reloaded")
         assert not echoes(port)
