@@ -267,6 +267,7 @@ rules:
     assert tcp.connections == 1
 
 
+@pytest.mark.needs_root  # only root may look into workers
 def test_one_source_always_meets_one_worker(
     run_gate: Callable[..., Gate], backends: tuple[TcpBackend, UdpBackend]
 ) -> None:

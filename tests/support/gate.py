@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from tests.support.process import Process, children, command_line, is_running
 from tests.support.wait import until
 
 ROOT = Path(__file__).parents[2]
+PYTHON_PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 START_S = 30.0
 HURRY_S = 0.5
 
@@ -56,7 +58,7 @@ class Gate(Process):
                 [python, "-m", "gatekeeper", "run", str(self.rules_path)],
                 folder,
                 "gatekeeper",
-                env={"PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": str(notify_path), **(env or {})},
+                env={"PYTHONPATH": PYTHON_PATH, "NOTIFY_SOCKET": str(notify_path), **(env or {})},
                 prefix=prefix,
             )
         except BaseException:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import need
-from tests.support.gate import ROOT
+from tests.support.gate import PYTHON_PATH, ROOT
 
 USER = "nobody"
 IMPORTS = "import gatekeeper.config, pydantic_core, prometheus_client, uvicorn"
@@ -38,7 +38,7 @@ class PlainUser:
 def plain_user(folder: Path) -> PlainUser:
     """Return how to be an ordinary user: ourselves when we are one, else ``nobody``; ``folder`` may get copies of code."""
     if os.geteuid() != 0:
-        return PlainUser((), sys.executable, {"PYTHONPATH": str(ROOT)})
+        return PlainUser((), sys.executable, {"PYTHONPATH": PYTHON_PATH})
     account = pwd.getpwnam(USER)
     become = (
         need.program("setpriv"),
@@ -54,7 +54,7 @@ def plain_user(folder: Path) -> PlainUser:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     system = shutil.which(version, path="/usr/bin:/usr/local/bin") or sys.executable
     libraries = sysconfig.get_paths()["purelib"]
-    attempts = [(sys.executable, str(ROOT)), (system, os.pathsep.join([str(ROOT), libraries]))]
+    attempts = [(sys.executable, PYTHON_PATH), (system, os.pathsep.join([PYTHON_PATH, libraries]))]
     for python, path in attempts:
         user = PlainUser(become, python, {"PYTHONPATH": path})
         if _works(user):

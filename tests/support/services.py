@@ -12,6 +12,8 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support import metrics, need
 from tests.support.ports import free_port
 from tests.support.process import Process
@@ -58,6 +60,8 @@ class Sshd(Process):
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
         self.user = getpass.getuser()
+        if not pwd.getpwnam(self.user).pw_shell.endswith("sh"):
+            pytest.skip(f"{self.user} has no login shell")
         for key in ("host_key", "user_key"):
             make = [need.program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", str(folder / key)]
             subprocess.run(make, check=True)

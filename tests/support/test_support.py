@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.backends import Silent, TcpBackend, UdpBackend
 from tests.support.clients import Sources, ask
-from tests.support.gate import ROOT
+from tests.support.gate import PYTHON_PATH, ROOT
 from tests.support.network import RemoteNetwork
 from tests.support.ports import free_port, free_ports
 from tests.support.process import Process, ProcessEnded, is_running
@@ -45,7 +45,7 @@ def test_a_promised_test_must_not_be_skipped(folder: Path, promised: str, code: 
     options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(folder)],
-        env={**os.environ, "GATEKEEPER_PROMISED": promised, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "GATEKEEPER_PROMISED": promised, "PYTHONPATH": PYTHON_PATH},
         cwd=folder,
         capture_output=True,
         text=True,
