@@ -14,6 +14,7 @@ import importlib
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from gatekeeper.errors import ChannelClosed
@@ -71,18 +72,27 @@ async def _run(channel: Channel, start: dict[str, Any], fds: list[int]) -> None:
     def lost() -> list[tuple[str, int]]:
         return [("audit", sink.lost if sink is not None else 0), ("malformed", renderer.malformed)]
 
+    try:
+        await _serve_until_ended(service, control, listening, lost)
+    finally:
+        _finish(events, sink)
+
+
+async def _serve_until_ended(
+    service: Service, control: Control, listening: socket.socket | None, lost: Callable[[], list[tuple[str, int]]]
+) -> None:
     # A scrape in the first moments would see counters that are smaller than what a predecessor has shown.
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(control.told.wait(), 5.0)
     if listening is not None:
-        server = loop.create_task(serve(make_server(make_app(service, make_registry(service, lost), lost)), listening))
+        app = make_app(service, make_registry(service, lost), lost)
+        server = asyncio.get_running_loop().create_task(serve(make_server(app), listening))
         server.add_done_callback(lambda _task: control.ended.set())
         await control.ended.wait()
         if server.done() and not server.cancelled() and server.exception() is not None:
             raise RuntimeError("the HTTP server ended") from server.exception()
         server.cancel()
     await control.ended.wait()
-    _finish(events, sink)
 
 
 def _finish(events: Events, sink: Sink | None) -> None:

@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import socket
+import stat
 import threading
 import time
 from collections import deque
@@ -41,10 +42,12 @@ class FileTarget:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.regular = stat.S_ISREG(os.fstat(fd).st_mode)
 
     def write(self, lines: memoryview) -> int:
         try:
-            return os.write(self.fd, lines)
+            # Whole lines that a pipe takes at once or not at all: being killed in between breaks none.
+            return os.write(self.fd, lines if self.regular else lines[: _lines_end(lines, select.PIPE_BUF)])
         except BlockingIOError:  # a pipe that is full and that somebody made non-blocking
             poll = select.poll()
             poll.register(self.fd, select.POLLOUT)
@@ -202,3 +205,8 @@ def _line_end(lines: memoryview) -> int:
     """Return the length of the first line, its newline included."""
     found = bytes(lines[:4096]).find(b"\n")
     return (found if found >= 0 else bytes(lines).index(b"\n")) + 1
+
+
+def _lines_end(lines: memoryview, most_bytes: int) -> int:
+    """Return the length of as many whole lines as ``most_bytes`` hold, of the first one if it is longer."""
+    return bytes(lines[:most_bytes]).rfind(b"\n") + 1 or _line_end(lines)

@@ -169,8 +169,24 @@ class Stage:
         message, _fds = self.channel.receive()
         assert message == {"op": "ready"}
         if self.metrics:
-            until(lambda: self.get("/healthz")[0] == 200, "the observer serves HTTP")
+            until(self.serves, "the observer serves HTTP")
         return self
+
+    def serves(self) -> bool:
+        """Say whether HTTP is answered.
+
+        Raises:
+            RuntimeError: the observer has ended; nothing will be.
+        """
+        if self.process is None or self.process.poll() is not None:
+            raise RuntimeError(f"the observer ended: {self.stderr()}")
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as client:
+            client.settimeout(0.5)
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            try:
+                return client.recv(100).startswith(b"HTTP/1.1 200")
+            except TimeoutError:
+                return False
 
     def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         assert self.channel is not None

@@ -115,6 +115,20 @@ def test_a_stuck_reader_stops_nothing_and_later_gets_whole_lines(
         until(lambda: waiting_in(reader) > 0, "writing goes on")
 
 
+def test_being_killed_breaks_no_line_of_a_pipe(folder: Path, pipe: tuple[int, int]) -> None:
+    """An observer killed while its reader was stuck leaves whole lines, and so does its successor."""
+    reader, writer = pipe
+    with on_stage(folder, audit="stdout", audit_fd=writer) as stage:
+        data = b""
+        for _ in range(3):
+            stage.report(*[stage.record()] * 256)
+            until(lambda: waiting_in(reader) > PIPE_BYTES // 2, "the pipe is full")
+            stage.kill()
+            data += os.read(reader, 1 << 16)
+            stage.start()
+        assert {event["flow_id"] for event in lines_of(data)} == {7}
+
+
 def test_a_full_disk_stops_nothing(folder: Path) -> None:
     """A log on a full device is said once on stderr; metrics go on and the observer still ends when told to."""
     full = os.open("/dev/full", os.O_WRONLY)
