@@ -91,4 +91,4 @@ def _where(rule: Rule, seen_from: Rule) -> str:
 
 
 def _warn(rule: Rule, code: str, message: str) -> Problem:
-    return Problem(rule.place, Severity.WARNING, code, message, len("name"))
+    return Problem(rule.place, Severity.WARNING, code, message)

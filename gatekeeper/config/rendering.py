@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from functools import lru_cache
 from typing import Any
 
 from gatekeeper.config.problems import Problem
 
 WINDOW = 120  # characters of a long line that are shown
 LEAD = 40  # of them before the problem
-_BREAKS = str.maketrans({"\r": "\n", "\x85": "\n", "\u2028": "\n", "\u2029": "\n"})
+LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what YAML takes for the end of a line
 
 
 def render(problem: Problem, texts: dict[str, str]) -> str:
@@ -51,16 +53,14 @@ def as_json(problem: Problem) -> dict[str, Any]:
 
 def _line(text: str | None, number: int) -> str | None:
     """Return one line of a text, ``None`` when there is no such line."""
-    if text is None:
-        return None
-    start = 0
-    text = text.replace("\r\n", "\n").translate(_BREAKS)
-    for _ in range(number - 1):
-        start = text.find("\n", start) + 1
-        if start == 0:
-            return None
-    end = text.find("\n", start)
-    return text[start:] if end < 0 else text[start:end]
+    lines = _lines(text) if text is not None else ()
+    return lines[number - 1] if number <= len(lines) else None
+
+
+@lru_cache(maxsize=4)
+def _lines(text: str) -> list[str]:
+    """Return the lines of a text; kept, because a file with one problem often has many."""
+    return LINE_BREAK.split(text)
 
 
 def _visible(text: str, keep: str = "") -> str:

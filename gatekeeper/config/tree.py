@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from gatekeeper.config.problems import Problem, Severity
+from gatekeeper.config.rendering import LINE_BREAK
 from gatekeeper.config.words import quote
 from gatekeeper.policy.model import Place
 
@@ -29,7 +30,6 @@ INTEGER_DIGITS_MOST = 18
 TOO_DEEP = f"this is nested more than {DEPTH_MOST} deep: no rule needs more than 5"
 
 _Loader: Any = getattr(yaml, "CLoader", yaml.Loader)
-LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what YAML takes for the end of a line
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 _NULL = re.compile(r"|~|null|Null|NULL")
@@ -37,6 +37,7 @@ _TRUE = re.compile(r"true|True|TRUE")
 _FALSE = re.compile(r"false|False|FALSE")
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_NO_WORD_YET = "0123456789+-.~nNtTfF"  # how everything begins that may be no text; "" is in it
 # Numbers for YAML 1.1 or 1.2, but not the same ones: octals, sexagesimals, underscores, binaries.
 _AMBIGUOUS = re.compile(
     r"[-+]?(?:0[0-9_]+|0o[0-7]+|0b[01_]+|0x[0-9a-fA-F_]*_[0-9a-fA-F_]*|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?"
@@ -250,7 +251,7 @@ class _Builder:
     def _scalar(self, event: Any, spot: Spot) -> Scalar:
         """Return what a scalar means under the core schema of YAML 1.2."""
         text: str = event.value
-        if event.style or not event.implicit[0]:
+        if event.style or not event.implicit[0] or text[:1] not in _NO_WORD_YET:
             return text
         if _AMBIGUOUS.fullmatch(text):
             self._say(spot, "yaml.ambiguous", f"some YAML readers take {text[:40]} for another number: quote it, {quote(text)}")

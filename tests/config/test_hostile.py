@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gatekeeper import config
-from gatekeeper.config.tree import LINE_BREAK
+from gatekeeper.config.rendering import LINE_BREAK
 
 RULES = Path(__file__).parents[2] / "rules"
 EXAMPLES = {path.name: path.read_bytes() for path in sorted(RULES.glob("*.yaml"))}
