@@ -105,7 +105,7 @@ class Child:
                 # The caller may close its descriptors before the message leaves.
                 copies.extend(os.dup(fd) for fd in fds)
             except OSError:
-                # No descriptors left. A child that misses a message must not go on; its successor is told everything.
+                # No descriptors left. Here too a message would be missed.
                 _close(copies)
                 self.kill()
                 return
@@ -206,7 +206,9 @@ class Child:
             return True  # it is gone; its successor is told everything anew
         except OSError as err:
             if err.errno != errno.ETOOMANYREFS:
-                raise
+                # A child that misses a message must not go on; its successor is told everything.
+                self.kill()
+                return True
             if not self._retry:
                 self._retry = True
                 self._loop.later(_RETRY_S, self._try_again)

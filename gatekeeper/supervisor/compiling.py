@@ -26,13 +26,14 @@ _BLOCK_BYTES = 1 << 16
 class Compiled:
     """What came out. ``snapshot_fd`` is ``None`` when the file was not accepted; else the receiver owns it.
 
-    ``text`` are the problems for people, ``problems`` their number. ``failure``: the compiler could not do its work at
+    ``text`` are the problems for people, ``problems`` their number, ``first`` the first of them in one line. ``failure``: the compiler could not do its work at
     all; ``unreadable``: because the rule file cannot be read.
     """
 
     snapshot_fd: int | None
     text: str = ""
     problems: int = 0
+    first: str = ""
     failure: str | None = None
     unreadable: bool = False
 
@@ -57,7 +58,11 @@ class Compilation:
         self._late = False
         self._ended = False
         self._snapshot_fd = memfd.create("gatekeeper-snapshot")
-        self._pipe, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self._pipe, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            os.close(self._snapshot_fd)
+            raise
         os.set_blocking(theirs, True)
         try:
             self._process = child.start(
@@ -119,7 +124,12 @@ class Compilation:
             report: dict[str, Any] = json.loads(self._report)
             problems, text, failure = report["problems"], report["text"], report["failure"]
             accepted, unreadable = bool(report["accepted"]), bool(report["unreadable"])
+            first = next((_in_one_line(item) for item in problems if item["severity"] == "error"), "")
         except (ValueError, KeyError, TypeError, RecursionError):
             ended = child.how_it_ended(status)
             return Compiled(None, failure=f"the compiler of {self._path} {ended} without a report")
-        return Compiled(self._snapshot_fd if accepted else None, str(text), len(problems), failure, unreadable)
+        return Compiled(self._snapshot_fd if accepted else None, str(text), len(problems), first, failure, unreadable)
+
+
+def _in_one_line(problem: dict[str, Any]) -> str:
+    return f"{problem['file']}:{problem['line']}:{problem['column']}: {problem['message']}"

@@ -143,7 +143,7 @@ class Opener:
             try:
                 sockets.append(bind(endpoint, share=False))
             except OSError as err:
-                if err.errno != errno.EADDRINUSE or not _only_ours(endpoint, ours):
+                if err.errno != errno.EADDRINUSE or not _share_ours(endpoint, ours):
                     raise
             if share:
                 while sockets:
@@ -286,16 +286,15 @@ def _overlap(one: Endpoint, other: Endpoint) -> bool:
     )
 
 
-def _only_ours(endpoint: Endpoint, ours: list[Opened]) -> bool:
-    """Say whether all that keeps us from binding ``endpoint`` are overlapping endpoints of our own that can be shared."""
-    shareable = {
-        owners.inode_of(sock)
-        for opened in ours
-        for sock in opened.sockets
-        if opened.endpoint.family and sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
-    }
+def _share_ours(endpoint: Endpoint, ours: list[Opened]) -> bool:
+    """Say whether all that keeps us from binding ``endpoint`` are overlapping endpoints of our own; let them share then."""
+    mine = {owners.inode_of(sock): sock for opened in ours if opened.endpoint.family for sock in opened.sockets}
     holders = owners.conflicting(endpoint)
-    return bool(holders) and holders.keys() <= shareable
+    if not holders or not holders.keys() <= mine.keys():
+        return False
+    for inode in holders:
+        mine[inode].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return True
 
 
 def _explain(endpoint: Endpoint, err: OSError) -> str:
@@ -305,7 +304,7 @@ def _explain(endpoint: Endpoint, err: OSError) -> str:
         if owner is None:
             return text + "the address is in use"
         if owner.pid == os.getpid():
-            return text + "it overlaps an address that we already hold alone; a restart can open both"
+            return text + "we hold the address ourselves"
         return f"{text}the address is in use by {owner}"
     if err.errno == errno.EACCES and 0 < endpoint.port < 1024:
         return text + _LOW_PORT

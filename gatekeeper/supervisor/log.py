@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
+import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_LONGEST_LINE = 4000  # a pipe that takes anything takes this much (PIPE_BUF)
 _ERROR, _WARNING, _INFO = 3, 4, 6  # syslog priorities
 
 
@@ -17,6 +20,8 @@ class Log:
 
     def __init__(self, stream: TextIO | None = None, environment: Mapping[str, str] | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
+        self._poll = select.poll()
+        self._lost = 0
         self._for_journal = _is_journal(self._stream, os.environ if environment is None else environment)
 
     def info(self, text: str) -> None:
@@ -44,11 +49,25 @@ class Log:
     def _put(self, priority: int, line: str) -> None:
         prefix = f"<{priority}>" if self._for_journal else ""
         try:
-            self._stream.write(f"{prefix}{line}\n")
+            if not self._takes_more():
+                self._lost += 1
+                return
+            lost, self._lost = self._lost, 0
+            if lost:
+                self._stream.write(f"{prefix}gatekeeper: {lost} lines were lost here: nobody read them\n")
+            self._stream.write(f"{prefix}{line[:_LONGEST_LINE]}\n")
             self._stream.flush()
         except (OSError, ValueError):
-            # Nobody reads us any more (a closed terminal, a full pipe that broke). The service matters more.
+            # Nobody reads us any more (a closed terminal, a pipe that broke). The service matters more.
             return
+
+    def _takes_more(self) -> bool:
+        """Say whether a line can be written without waiting for a reader."""
+        try:
+            self._poll.register(self._stream.fileno(), select.POLLOUT)
+        except io.UnsupportedOperation:
+            return True
+        return bool(self._poll.poll(0))
 
 
 def printable(text: str, longest: int = 500) -> str:

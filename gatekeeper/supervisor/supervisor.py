@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 FINE, REFUSED, CANNOT = 0, 1, 3  # exit codes
 MOST_WORKERS = 128  # their descriptors travel in one message
 STUCK_AFTER_S = 10.0
+_LONGEST_ERROR = 4000  # it travels in messages, to the status page and the audit log
 NEEDS_RESTART = ("workers", "metrics", "audit", "control", "state")
 
 
@@ -199,7 +200,7 @@ class Supervisor:
             return
         why = self._tell_problems(compiled)
         if compiled.snapshot_fd is None:
-            self._reloaded_or_not(why)
+            self._reloaded_or_not(why, compiled.first)
             return
         old = crew.policy
         try:
@@ -238,12 +239,15 @@ class Supervisor:
         crew.change = Change(self._loop, old, new, crew.those_serving(), committing, done)
         crew.change.begin()
 
-    def _reloaded_or_not(self, failure: str | None) -> None:
-        """Tell everybody how a reload ended, and begin the next if one was asked for meanwhile."""
+    def _reloaded_or_not(self, failure: str | None, detail: str = "") -> None:
+        """Tell everybody how a reload ended, and begin the next if one was asked for meanwhile.
+
+        ``detail`` is for those who do not see stderr, where it was printed already.
+        """
         crew = self._crew
         if crew is None or crew.policy is None:
             return
-        self._reload_error = failure
+        self._reload_error = None if failure is None else f"{failure}: {detail}"[:_LONGEST_ERROR].rstrip(": ")
         if failure is None:
             self._reloaded = time.time()
             if crew.observer is not None:
@@ -252,7 +256,7 @@ class Supervisor:
             self._warn_of_settings(crew.policy.meta["settings"])
         else:
             self._log.error(f"{failure}\nreload failed: the policy {crew.policy.name} stays in force")
-        crew.event("reload", success=failure is None, error=failure, policy=self._digest())
+        crew.event("reload", success=failure is None, error=self._reload_error, policy=self._digest())
         crew.tell_state()
         if not self._stopping:
             self._notifier.ready(self._summary())

@@ -73,8 +73,11 @@ with open(report, "wb") as pipe:
 
 def test_problems_come_out(compile_with: Compile) -> None:
     """A refused file has problems and no snapshot."""
-    report = json.dumps(GOOD | {"accepted": False, "problems": [{}, {}], "text": "rules.yaml:1:1: what [x]"})
-    assert compile_with(f"os.write(report, {report!r}.encode())") == Compiled(None, "rules.yaml:1:1: what [x]", 2)
+    where = {"file": "rules.yaml", "line": 1, "column": 2, "message": "what"}
+    problems = [{"severity": "warning"}, where | {"severity": "error"}]
+    report = json.dumps(GOOD | {"accepted": False, "problems": problems, "text": "rules.yaml:1:2: what [x]"})
+    expected = Compiled(None, "rules.yaml:1:2: what [x]", 2, "rules.yaml:1:2: what")
+    assert compile_with(f"os.write(report, {report!r}.encode())") == expected
 
 
 @pytest.mark.parametrize(

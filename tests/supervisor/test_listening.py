@@ -175,13 +175,29 @@ def test_a_wildcard_and_an_address_of_its_own_coexist(
             assert sock.recv(10) == b"x"
 
 
-def test_what_is_open_stays_untouched(opener: Callable[..., Opener]) -> None:
-    """A reload opens what is new and nothing else, also beside a wildcard of our own on the same port."""
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+@pytest.mark.parametrize(("before", "after"), [("0.0.0.0", "127.0.0.5"), ("127.0.0.5", "0.0.0.0")])
+def test_a_listener_may_move_between_overlapping_addresses(
+    opener: Callable[..., Opener], shards: int, protocol: Protocol, before: str, after: str
+) -> None:
+    """A reload opens what is new beside an overlapping address of our own; the more specific one gets what comes."""
     port = free_port()
-    one = opener(2)
-    existing = one.open_all([v4(port, "0.0.0.0")], {})
-    new = one.open_all([v4(port, "0.0.0.0"), v4(port, "127.0.0.5")], existing)
-    assert list(new) == [f"tcp:127.0.0.5:{port}"]
+    one = opener(shards)
+    existing = one.open_all([v4(port, before, protocol)], {})
+    new = one.open_all([v4(port, after, protocol)], existing)
+    assert list(new) == [f"{protocol}:{after}:{port}"]
+    everything = existing | new
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if protocol is TCP else socket.SOCK_DGRAM) as client:
+        client.bind(("127.0.0.1", 0))
+        client.connect(("127.0.0.5", port))
+        client.send(b"x")
+        sock = everything[f"{protocol}:127.0.0.5:{port}"].sockets[steering.owner(KEY, 4, 0x7F000001, shards)]
+        sock.settimeout(5)
+        if protocol is TCP:
+            sock.accept()[0].close()
+        else:
+            assert sock.recv(10) == b"x"
 
 
 def test_an_address_that_is_not_here(opener: Callable[..., Opener]) -> None:

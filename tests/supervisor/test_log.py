@@ -40,6 +40,22 @@ def test_a_stream_that_is_gone() -> None:
     Log(stream, {}).info("hello?")
 
 
+def test_a_reader_that_is_stuck() -> None:
+    """A full pipe does not stop the service; once it is read again, it is said how many lines are missing."""
+    read, write = os.pipe()
+    with open(write, "w") as stream, open(read, "rb", buffering=0) as reader:
+        log = Log(stream, {})
+        for _ in range(1000):
+            log.info("x" * 200)
+        seen = reader.read(1 << 20)
+        while b"lost" not in seen:
+            log.info("again")
+            seen += reader.read(1 << 20)
+    lines = seen.decode().splitlines()
+    written = sum(line.endswith("xx") for line in lines)
+    assert f"gatekeeper: {1000 - written} lines were lost here: nobody read them" in lines
+
+
 def test_words_of_others_stay_in_their_line() -> None:
     """Text from another process cannot add lines or move the cursor, and cannot be endless."""
     assert printable("a\nb\x1b[2Jc") == "a?b?[2Jc"
