@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -134,3 +135,19 @@ def test_events_of_the_service_itself_are_told(run_gate: Callable[..., Gate]) ->
     assert [event["event_type"] for event in events] == ["start", "reload", "stop"]
     for event in events:
         dt.datetime.fromisoformat(event["timestamp"])
+
+
+def test_events_on_stdout_are_alone_there(run_gate: Callable[..., Gate], folder: Path) -> None:
+    """With `audit: stdout` every line on stdout is an event; what the service says to people is on stderr."""
+    port = free_port()
+    to_file = ["sh", "-c", f'exec "$0" "$@" >{folder}/stdout']
+    with TcpBackend() as backend:
+        text = f"listeners:\n  - {{name: web, listen: '127.0.0.1:{port}', backend: '{backend.address}'}}\ndefault: allow\n"
+        gate = run_gate(text, audit="stdout", prefix=to_file)
+        with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
+            assert ask(client) == b"are you there?"
+        until(lambda: "connection" in (folder / "stdout").read_text(), "the connection is told")
+        gate.stop()
+    events = [json.loads(line) for line in (folder / "stdout").read_text().splitlines()]
+    assert sorted(event["event_type"] for event in events) == ["connection", "start", "stop"]
+    assert "serving web" in gate.output()

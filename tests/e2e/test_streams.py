@@ -180,6 +180,54 @@ def resident_kib(pid: int) -> int:
     return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_end_right_behind_the_request_ends_one_direction_only(run_gate: Callable[..., Gate], workers: int) -> None:
+    """400 clients send a request and their end at once, before the gate has dialled; each gets its whole answer."""
+    port = free_port()
+
+    def answer(connection: socket.socket) -> None:
+        request = read_to_end(connection)
+        connection.sendall(request * 100)
+        connection.shutdown(socket.SHUT_WR)
+
+    with TcpBackend(answer) as backend:
+        run_gate(open_policy(f"127.0.0.1:{port}", backend.address), workers=workers)
+        for number in range(400):
+            request = b"" if number % 4 == 0 else b"%d," % number
+            with Sources().connect(f"127.0.{number % 250}.1", "127.0.0.1", port) as client:
+                send_and_end(client, request)
+                assert read_to_end(client) == request * 100
+        assert backend.connections == 400
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["end", "reset"])
+def test_a_backend_that_hangs_up_at_once_looks_so_to_the_client(run_gate: Callable[..., Gate], resets: bool) -> None:
+    """A backend that ends on accept is an end, one that resets is a reset, whether the client has spoken or not."""
+    port = free_port()
+
+    def hang_up(connection: socket.socket) -> None:
+        if resets:
+            reset(connection)
+        else:
+            connection.shutdown(socket.SHUT_WR)
+            read_to_end(connection)
+
+    with TcpBackend(hang_up) as backend:
+        gate = run_gate(open_policy(f"127.0.0.1:{port}", backend.address))
+        for number in range(100):
+            with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
+                if number % 2 and not resets:
+                    client.sendall(b"hello")
+                if resets:
+                    with pytest.raises(ConnectionResetError):
+                        client.recv(1)
+                else:
+                    assert client.recv(1) == b""
+        gate.wait_for_value(0, "gatekeeper_sessions")
+        ends_told = {event["gatekeeper"]["end"] for event in gate.wait_for_audit(100, "connection")}
+        assert ends_told == {"backend_reset" if resets else "finished"}
+
+
 def test_clients_that_vanish_at_once_are_judged_and_forgotten(run_gate: Callable[..., Gate]) -> None:
     """300 clients that connect and reset at once: each is judged once, and no session or descriptor stays."""
     port, clients = free_port(), 300

@@ -38,13 +38,14 @@ class Gate(Process):
         prefix: Sequence[str] = (),
         python: str = sys.executable,
         env: Mapping[str, str] | None = None,
+        audit: str | None = None,
     ) -> None:
         self.rules_path = folder / "rules.yaml"
         self.audit_path = folder / "audit.jsonl"
         self.metrics_port = free_port()
         self._head = (
             f"version: 1\nworkers: {workers}\nmetrics: {{listen: 127.0.0.1:{self.metrics_port}}}\n"
-            f"audit: {self.audit_path}\n"
+            f"audit: {audit or self.audit_path}\n"
         )
         self.workers = workers
         self.write(text)
