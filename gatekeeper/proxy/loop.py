@@ -18,8 +18,8 @@ WRITE = select.EPOLLOUT
 GONE = select.EPOLLERR | select.EPOLLHUP
 
 EVENTS_PER_TURN = 512
-TICK_S = 0.05  # the longest wait while something is due soon: a dial, a reset that waits for its data
-IDLE_TICK_S = 0.5  # the longest wait otherwise; a worker must show a heartbeat every second
+TICK_S = 0.05  # how often the worker looks at what is due: dials, resets that wait for their data, records to be sent
+IDLE_TICK_S = 0.5  # the same while nothing is; a worker must show a heartbeat every second
 
 
 class Failing(Protocol):
@@ -65,8 +65,8 @@ class Loop:
         if self.handlers.pop(fd, None) is not None:
             self.epoll.unregister(fd)
 
-    def turn(self, timeout_s: float) -> None:
-        """Wait for events once, at most ``timeout_s`` seconds, and handle them."""
+    def turn(self, timeout_s: float) -> float:
+        """Wait for events once, at most ``timeout_s`` seconds, and handle them; return the time, ``now``."""
         events = self.epoll.poll(timeout_s, EVENTS_PER_TURN)
         self.now = begun = time.monotonic()
         get = self.handlers.get
@@ -89,6 +89,7 @@ class Loop:
         took = time.monotonic() - begun
         if took > self.longest_turn_s:
             self.longest_turn_s = took
+        return begun
 
     def give_up(self, handler: Failing) -> None:
         """Log the exception being handled and end only the handler it came from."""

@@ -21,7 +21,7 @@ from gatekeeper.kernel import privileges
 from gatekeeper.proxy.gate import Session, Shared
 from gatekeeper.proxy.loop import IDLE_TICK_S, READ, TICK_S, Loop, say
 from gatekeeper.proxy.pipes import PipePool
-from gatekeeper.proxy.report import FLUSH_S, Reporter
+from gatekeeper.proxy.report import Reporter
 from gatekeeper.proxy.tcp import TcpGate
 from gatekeeper.proxy.udp import UdpGate
 from gatekeeper.snapshot.bindings import Bindings
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gatekeeper.kernel.channel import Channel
 
 HOUSEKEEPING_S = 1.0  # suppressed refusals, queue lengths, a new round of sweeps
-SWEPT_PER_TURN = 1000  # sessions looked at in one turn, so that no turn takes long
+SWEPT_PER_TICK = 1000  # sessions looked at in one go, so that no turn takes long
 SPARE_FDS = 64  # at most this many descriptors, and at most an eighth, are kept for pipes and orders
 
 
@@ -77,16 +77,17 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
+        turn, tick_due_s = self.loop.turn, 0.0
         while self.running:
-            self.loop.turn(self.patience())
-            self.tick()
+            now = turn(self.patience())
+            if now >= tick_due_s:
+                tick_due_s = now + TICK_S
+                self.tick(now)
         self.report.flush()
 
     def patience(self) -> float:
         """Return how long the loop may wait for events, in seconds."""
-        if self.shared.due or self.sweeping:
-            return TICK_S
-        return FLUSH_S if self.report.batch else IDLE_TICK_S
+        return TICK_S if self.shared.due or self.sweeping or self.report.batch else IDLE_TICK_S
 
     def ready(self, _mask: int) -> None:
         """See `Handler.ready`: orders have arrived."""
@@ -102,9 +103,8 @@ class Worker:
         """See `Failing.fail`: an order could not be carried out, so the supervisor must not count on this worker."""
         self.running = False
 
-    def tick(self) -> None:
-        """Do what is due, after each turn."""
-        now = self.loop.now
+    def tick(self, now: float) -> None:
+        """Do what is due."""
         shared = self.shared
         shared.counters[WorkerSlot.HEARTBEAT_MS] = int(now * 1000)
         if shared.due:
@@ -113,9 +113,9 @@ class Worker:
         if self.report.batch and now >= self.report.flush_due_s:
             self.report.flush()
         if self.sweeping:
-            for session in self.sweeping[-SWEPT_PER_TURN:]:
+            for session in self.sweeping[-SWEPT_PER_TICK:]:
                 session.sweep(now)
-            del self.sweeping[-SWEPT_PER_TURN:]
+            del self.sweeping[-SWEPT_PER_TICK:]
         if now >= self.next_housekeeping_s:
             self.next_housekeeping_s = now + HOUSEKEEPING_S
             self.keep_house(now)
