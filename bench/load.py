@@ -11,6 +11,7 @@ median wall time, and the largest resident set. Programs that are not installed 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -70,7 +71,7 @@ def main() -> None:
     folder = Path(arguments.keep or tempfile.mkdtemp(prefix="gatekeeper-load-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        runs = prepare(folder.resolve(), arguments.entries)
+        runs = prepare_apart(folder.resolve(), arguments.entries)
         print(f"{arguments.entries} networks, best and median of {arguments.turns} turns")
         for (order, name), results in take_turns(runs, arguments.turns).items():
             walls = [wall for wall, _ in results]
@@ -92,6 +93,21 @@ def networks(entries: int) -> list[str]:
         f"{first >> 24}.{first >> 16 & 255}.{first >> 8 & 255}.{first & 255}/{prefix}"
         for first, prefix in sorted(found)
     ]
+
+
+def prepare_apart(folder: Path, entries: int) -> dict[tuple[str, str], list[str]]:
+    """Do `prepare` in a child: a process counts the memory of the one that started it as its own peak."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with open(writing, "w") as pipe:
+            json.dump([[*key, command] for key, command in prepare(folder, entries).items()], pipe)
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        runs = {(order, name): command for order, name, command in json.load(pipe)}
+    os.waitpid(child, 0)
+    return runs
 
 
 def prepare(folder: Path, entries: int) -> dict[tuple[str, str], list[str]]:

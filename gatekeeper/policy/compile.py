@@ -27,6 +27,8 @@ Detail = tuple[int, int | None, Action, Reason]  # listener index, rule index or
 _LOCAL_CLASS = 0  # of peers without an address; `gatekeeper.snapshot.layout` says the same
 _DETAIL_SHIFT = 2
 _DOMINANT = 4  # times the bounds of all other sets together
+_INDEX_BITS = 16  # at most: 256 KiB beside a table of 16 MiB
+_PER_PART_BITS = 5  # some 16 to 32 ranges in each part, when they are spread evenly
 _HIGH_WORD = 1 if sys.byteorder == "little" else 0
 
 
@@ -40,6 +42,7 @@ class Table:
     """
 
     v4: array[int]
+    v4_index: array[int]
     v6_high: array[int]
     v6_low: array[int]
     v6_class: array[int]
@@ -72,6 +75,7 @@ def compile_policy(policy: Policy) -> Table:
     assert isinstance(v6_starts, Wide)
     return Table(
         v4=_packed(v4_starts, v4_class),
+        v4_index=_index(v4_starts),
         v6_high=v6_starts.high,
         v6_low=v6_starts.low,
         v6_class=v6_class,
@@ -264,6 +268,13 @@ def _detail(policy: Policy, listener: int, number: int) -> Detail:
     if number == 0:
         return listener, None, policy.default, Reason.DEFAULT
     return listener, number - 1, policy.rules[number - 1].action, Reason.RULE
+
+
+def _index(starts: array[int]) -> array[int]:
+    """Return where each of 2**n equal parts of all IPv4 addresses begins in the table, and the table's length."""
+    parts_bits = min(max(len(starts).bit_length() - _PER_PART_BITS, 0), _INDEX_BITS)
+    parts = range(0, 1 << 32, 1 << (32 - parts_bits))
+    return array("I", [*map(bisect_left, repeat(starts), parts), len(starts)])
 
 
 def _packed(starts: array[int], classes: array[int]) -> array[int]:

@@ -19,7 +19,7 @@ def encode(config: Config) -> list[bytes | memoryview]:
     table = compile_policy(config.policy)
     sections: list[bytes | memoryview] = [
         memoryview(part).cast("B")
-        for part in (table.v4, table.v6_high, table.v6_low, table.v6_class, table.matrix)
+        for part in (table.v4, table.v4_index, table.v6_high, table.v6_low, table.v6_class, table.matrix)
     ]
     sections.append(json.dumps(_meta(config, table), separators=(",", ":")).encode())
     places: list[int] = []

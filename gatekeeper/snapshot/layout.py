@@ -2,6 +2,8 @@
 
     header      magic, then for each section its offset and length in bytes (little-endian 64-bit)
     v4          unsigned 64-bit, sorted: first address << 32 | class; starts at address 0
+    v4_index    unsigned 32-bit, 2**n + 1 of them, n from 0 to 16: how many ranges start before the k-th of 2**n equal
+                parts of all addresses; so a look-up searches between two neighbours, and costs the same in any table
     v6_high     unsigned 64-bit: upper half of the first address of each range; (high, low) is sorted, starts at 0
     v6_low      unsigned 64-bit: lower half
     v6_class    unsigned 32-bit
@@ -18,7 +20,7 @@ from __future__ import annotations
 import struct
 
 MAGIC = b"GKSNAP01"
-SECTIONS = ("v4", "v6_high", "v6_low", "v6_class", "matrix", "meta")
+SECTIONS = ("v4", "v4_index", "v6_high", "v6_low", "v6_class", "matrix", "meta")
 HEADER = struct.Struct("<8s" + "QQ" * len(SECTIONS))
 
 LOCAL_CLASS = 0  # the class of a peer without an address

@@ -6,7 +6,7 @@ import json
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from itertools import islice
+from itertools import islice, repeat
 from operator import lt
 from typing import Any
 
@@ -15,7 +15,8 @@ from gatekeeper.policy.model import Action, Reason
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT, HEADER, LOW32, MAGIC, SECTIONS
 
 _ALIGNMENT = 8
-_ITEM_SIZE = {"v4": 8, "v6_high": 8, "v6_low": 8, "v6_class": 4, "matrix": 4, "meta": 1}
+_ITEM_SIZE = {"v4": 8, "v4_index": 4, "v6_high": 8, "v6_low": 8, "v6_class": 4, "matrix": 4, "meta": 1}
+_MOST_PARTS = 1 << 16
 _LABELS = {action.label: action for action in Action}
 _REASONS = {str(reason) for reason in Reason}
 
@@ -35,6 +36,11 @@ class Snapshot:
         view = memoryview(buffer).cast("B")
         sections = _sections(view)
         self.v4 = sections["v4"].cast("Q")
+        self.v4_index = sections["v4_index"].cast("I")
+        parts = len(self.v4_index) - 1
+        if parts < 1 or parts > _MOST_PARTS or parts & (parts - 1):
+            raise SnapshotError(f"the IPv4 index has {parts} parts, not a power of two")
+        self._shift = 33 - parts.bit_length()  # from an address to its part
         self.v6_high = sections["v6_high"].cast("Q")
         self.v6_low = sections["v6_low"].cast("Q")
         self.v6_class = sections["v6_class"].cast("I")
@@ -49,8 +55,9 @@ class Snapshot:
 
     def lookup_v4(self, address: int) -> int:
         """Return the class of an IPv4 address."""
-        v4 = self.v4
-        return v4[bisect_right(v4, address << 32 | LOW32) - 1] & LOW32
+        v4, index = self.v4, self.v4_index
+        part = address >> self._shift
+        return v4[bisect_right(v4, address << 32 | LOW32, index[part], index[part + 1]) - 1] & LOW32
 
     def lookup_v6(self, high: int, low: int) -> int:
         """Return the class of an IPv6 address, given as halves; never an IPv4-mapped one."""
@@ -71,7 +78,7 @@ class Snapshot:
         Raises:
             SnapshotError: nothing in this snapshot may be used.
         """
-        _check_v4(self.v4, self.classes)
+        _check_v4(self.v4, self.v4_index, self.classes)
         _check_v6(self.v6_high, self.v6_low, self.v6_class, self.classes)
         try:
             _check_meta(self)
@@ -93,7 +100,7 @@ def _sections(view: memoryview) -> dict[str, memoryview]:
     return sections
 
 
-def _check_v4(v4: memoryview, classes: int) -> None:
+def _check_v4(v4: memoryview, index: memoryview, classes: int) -> None:
     if not v4 or v4[0] >> 32:
         raise SnapshotError("the IPv4 table does not start at address 0")
     # Halves of 32 bits, copied: arrays are read three times as fast as views.
@@ -103,6 +110,9 @@ def _check_v4(v4: memoryview, classes: int) -> None:
     starts, found = (words[0::2], words[1::2]) if first_is_start else (words[1::2], words[0::2])
     if not all(map(lt, starts, islice(starts, 1, None))):
         raise SnapshotError("the IPv4 table is not sorted")
+    parts = range(0, 1 << 32, (1 << 32) // (len(index) - 1))
+    if index.tolist() != [*map(bisect_left, repeat(starts), parts), len(starts)]:
+        raise SnapshotError("the IPv4 index does not belong to the table")
     if max(found) >= classes:
         raise SnapshotError("the IPv4 table names a class that does not exist")
 

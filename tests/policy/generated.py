@@ -31,7 +31,7 @@ ANCHORS = {
     6: (0, 1 << 64, 0x20010DB8 << 96, (0x20010DB8 << 96) + (1 << 64), (1 << 128) - SPREAD),
 }
 UNIVERSE = {
-    family: sorted({anchor + step for anchor in anchors for step in range(-2, SPREAD) if 0 <= anchor + step})
+    family: sorted({anchor + step for anchor in anchors for step in range(-2, SPREAD) if anchor + step >= 0})
     for family, anchors in ANCHORS.items()
 }
 NOWHERE = Place("rules.yaml", 1, 1)
@@ -82,6 +82,7 @@ def pairs(draw: st.DrawFn, family: int) -> list[Pair]:
 
 @st.composite
 def written(draw: st.DrawFn) -> Written:
+    """Ranges of both families."""
     return Written({4: draw(pairs(4)), 6: draw(pairs(6))})
 
 
@@ -102,6 +103,7 @@ def endpoint_pool() -> list[Endpoint]:
 
 @st.composite
 def listeners(draw: st.DrawFn) -> tuple[Listener, ...]:
+    """One to three listeners of one to three endpoints each, no two alike."""
     pool = draw(st.permutations(endpoint_pool()))
     made = []
     for index in range(draw(st.integers(1, 3))):
@@ -131,6 +133,7 @@ targets = st.one_of(
 
 @st.composite
 def sources(draw: st.DrawFn) -> tuple[Written, Written, Sources]:
+    """What `from` and `except` name, and the same compiled."""
     everybody = draw(st.integers(0, 3)) == 0
     included = EVERYBODY if everybody else draw(written())
     excluded = draw(st.one_of(st.just(NOBODY), written()))
@@ -141,6 +144,7 @@ def sources(draw: st.DrawFn) -> tuple[Written, Written, Sources]:
 
 @st.composite
 def rules(draw: st.DrawFn) -> list[WrittenRule]:
+    """Up to six rules."""
     made = []
     for index in range(draw(st.integers(0, 6))):
         included, excluded, compiled = draw(sources())
