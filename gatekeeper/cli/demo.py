@@ -191,14 +191,14 @@ def reload(narrator: Narrator, gate: Gate, backend: Backend, change: Callable[[]
 
 def stay(narrator: Narrator, gate: Gate, rules: Path) -> None:
     """Leave it running until Ctrl-C."""
-    narrator.step("Now you (Ctrl-C ends it)")
-    narrator.show(
-        f"nc 127.0.0.1 {gate.port}                     allowed\n"
-        f"nc -s {NUISANCE} 127.0.0.1 {gate.port}        dropped\n"
-        f"{gate.url}/              the status page\n"
-        f"$EDITOR {rules}"
-    )
     with contextlib.suppress(KeyboardInterrupt):
+        narrator.step("Now you (Ctrl-C ends it)")
+        narrator.show(
+            f"nc 127.0.0.1 {gate.port}                     allowed\n"
+            f"nc -s {NUISANCE} 127.0.0.1 {gate.port}        dropped\n"
+            f"{gate.url}/              the status page\n"
+            f"$EDITOR {rules}"
+        )
         gate.wait()
 
 
