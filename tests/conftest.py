@@ -21,6 +21,17 @@ OUTPUT_LINES = 60
 PROMISED = "GATEKEEPER_PROMISED"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--long``: the endurance tests in full size, for minutes instead of seconds."""
+    parser.addoption("--long", action="store_true", help="run the endurance tests in full size")
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the endurance tests run in full size."""
+    return bool(request.config.getoption("--long"))
+
+
 # ---------------------------------------------------------------------- what may be skipped
 
 

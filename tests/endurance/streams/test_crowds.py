@@ -1,0 +1,148 @@
+"""Many sessions at once, in chunks of every size, with stalls and small buffers: every byte arrives, nothing hangs or piles up."""
+
+from __future__ import annotations
+
+import math
+import random
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.endurance.streams.closing import Reading, read, send
+from tests.support.faults import NAME_BYTES, Outcome, Plan, Stage, descriptors, part, resident_kib
+from tests.support.gate import Gate
+from tests.support.ports import free_port
+from tests.support.wait import until
+
+MIB = 1 << 20
+CHUNK_KIB = 16  # what a direction holds at most in the worker's own memory while its reader stalls
+SLACK_KIB = 16 << 10
+
+
+def open_policy(port: int, backend: str, more: str = "") -> str:
+    """Return a policy that lets everybody in at one listener."""
+    return f"listeners:\n  - {{name: door, listen: '127.0.0.1:{port}', backend: '{backend}'{more}}}\ndefault: allow\n"
+
+
+def plans(count: int, most: int) -> list[tuple[Plan, Plan]]:
+    """Return (client's plan, backend's plan) for each session: sizes from a name's to ``most``, small ones as likely."""
+    chance = random.Random(count)
+
+    def size() -> int:
+        if chance.random() < 0.05:
+            return most
+        return int(NAME_BYTES * math.exp(chance.random() * math.log(most / NAME_BYTES)))
+
+    def plan(number: int) -> Plan:
+        return Plan(
+            sends=size(),
+            slices=(1, 1 << chance.randrange(8, 19)),
+            latency_s=chance.random() * 0.2,
+            stalls=0.02,
+            stall_s=0.2,
+            receive_buffer=4096 if number % 3 == 0 else None,
+        )
+
+    return [(plan(number), plan(number + 1)) for number in range(count)]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_crowd_gets_every_byte(run_gate: Callable[..., Gate], folder: Path, long: bool, kind: str) -> None:
+    """Both ways at once, from one byte to megabytes, a third with 4 KiB receive buffers: all whole, memory bounded."""
+    count, most = (2000, 4 * MIB) if long else (200, MIB // 2)
+    planned = plans(count, most)
+    port = free_port()
+    with Stage() as stage:
+        behind = stage.listen(lambda number: planned[number][1], folder / "backend.sock" if kind == "unix" else None)
+        gate = run_gate(open_policy(port, behind.address))
+        (worker,) = gate.worker_pids()
+        before_kib, before_fds = resident_kib(worker), descriptors(worker)
+        clients = [
+            stage.connect(("127.0.0.1", port), plan, number, source=f"127.0.{number % 200}.1")
+            for number, (plan, _answer) in enumerate(planned)
+        ]
+        stage.wait(clients, within_s=800 if long else 50)
+        stage.wait(behind.peers)
+        assert len(behind.peers) == count
+        backends = {peer.number: peer for peer in behind.peers}
+        for number, client in enumerate(clients):
+            asked, answered = planned[number]
+            assert client.whole(answered.sends), (number, client.outcome, client.received, client.wrong_at)
+            assert backends[number].whole(asked.sends), (number, backends[number].received, backends[number].wrong_at)
+        assert resident_kib(worker, "VmHWM") - before_kib <= 2 * CHUNK_KIB * count + SLACK_KIB
+        gate.wait_for_value(0, "gatekeeper_sessions")
+        gate.wait_for_value(sum(plan.sends for plan, _ in planned), "gatekeeper_session_bytes_total", direction="in")
+        gate.wait_for_value(sum(plan.sends for _, plan in planned), "gatekeeper_session_bytes_total", direction="out")
+        until(lambda: descriptors(worker) <= before_fds + 32, "no descriptor is left")  # but 16 pooled pipes
+
+
+@pytest.mark.parametrize("backend_reads", [False, True], ids=["to client", "to backend"])
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_reader_may_sleep_longer_than_a_half_close_lasts(
+    run_gate: Callable[..., Gate], folder: Path, long: bool, backend_reads: bool, kind: str
+) -> None:
+    """A stream and its FIN wait for a reader that sleeps three times the half-close timeout: all arrives, then the end.
+
+    50 MiB do not fit into what is on the way, so the FIN comes after the sleep; 50,000 bytes do, and the FIN waits with them.
+    """
+    port = free_port()
+    kwargs = {"path": str(folder / "b.sock")} if kind == "unix" else {}
+    server = socket.socket(socket.AF_UNIX) if kind == "unix" else socket.create_server(("127.0.0.1", 0))
+    with server:
+        if kind == "unix":
+            server.bind(kwargs["path"])
+            (folder / "b.sock").chmod(0o777)
+            server.listen(10)
+        backend = f"unix:{kwargs['path']}" if kind == "unix" else f"127.0.0.1:{server.getsockname()[1]}"
+        gate = run_gate(open_policy(port, backend, ", half_close_timeout: 1s"))
+        sessions = []
+        for size in (50_000, (50 if long else 20) * MIB):
+            client = socket.create_connection(("127.0.0.1", port), 30)
+            accepted, _peer = server.accept()
+            accepted.settimeout(30)
+            writer, reader = (client, accepted) if backend_reads else (accepted, client)
+
+            def write(sock: socket.socket = writer, size: int = size) -> None:
+                send(sock, 1, size)
+                sock.shutdown(socket.SHUT_WR)
+
+            thread = threading.Thread(target=write)
+            thread.start()
+            sessions.append((size, writer, reader, thread))
+        # The first session is ended by the timeout, which shows that the readers have slept long enough.
+        gate.wait_for_value(1, "gatekeeper_session_ends_total", end="half_close_timeout")
+        for size, writer, reader, thread in sessions:
+            assert read(reader, 1) == Reading(size, "end")
+            thread.join(30)
+            reader.close()
+            writer.close()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_copying_and_splicing_change_in_mid_stream(run_gate: Callable[..., Gate], folder: Path, kind: str) -> None:
+    """Bulk, single bytes and bulk again in one session, to readers that pause in between: no byte is lost, doubled or moved."""
+    bursts = [1, MIB, 1, 1, 3 * MIB + 1, 16384, 1, 16383, 16385, 2 * MIB, 4096, 4095, 1, 5 * MIB]
+    total = sum(bursts)
+    port = free_port()
+    with Stage() as stage:
+        plan = Plan(sends=NAME_BYTES, slices=(1, 1 << 17), stalls=0.05, stall_s=0.01)
+        behind = stage.listen(plan, folder / "backend.sock" if kind == "unix" else None)
+        run_gate(open_policy(port, behind.address))
+        with socket.create_connection(("127.0.0.1", port), 30) as client:
+            client.sendall((5).to_bytes(NAME_BYTES, "big"))
+            sent = NAME_BYTES
+            for burst in bursts:
+                until(lambda: behind.peers and behind.peers[0].received == sent, "the burst before has arrived")  # noqa: B023
+                goal = sent + burst
+                while sent < goal:
+                    piece = part(10, sent, goal - sent)
+                    client.sendall(piece)
+                    sent += len(piece)
+            client.shutdown(socket.SHUT_WR)
+            stage.wait(behind.peers)
+        (peer,) = behind.peers
+        assert (peer.outcome, peer.received, peer.wrong_at) == (Outcome.FINISHED, total + NAME_BYTES, None)
