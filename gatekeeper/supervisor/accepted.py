@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from dataclasses import dataclass
@@ -13,25 +14,38 @@ from gatekeeper.policy.model import Endpoint, Protocol
 from gatekeeper.snapshot.reader import Snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gatekeeper.snapshot.bindings import Bindings
     from gatekeeper.supervisor.listening import Opened
 
 
 @dataclass(slots=True)
 class Accepted:
-    """One generation: sealed descriptors for the processes, and the sockets of its endpoints by key. Owns the fds."""
+    """One generation: what the processes are given, and the sockets of its endpoints by key. Owns ``snapshot_fd``."""
 
     generation: int
     meta: dict[str, Any]
     bindings: Bindings
+    bindings_json: bytes
     snapshot_fd: int
-    bindings_fd: int
     opened: dict[str, Opened]
 
-    @property
-    def fds(self) -> tuple[int, int]:
-        """What goes with every message that hands this policy over."""
-        return self.snapshot_fd, self.bindings_fd
+    @contextlib.contextmanager
+    def fds(self) -> Iterator[tuple[int, int]]:
+        """Return the descriptors that go with a message to one process: the snapshot and the bindings.
+
+        The bindings are a memfd of its own for each process: copies of one descriptor share their position, and two
+        processes that read at the same time would take bytes from each other.
+
+        Raises:
+            OSError: no descriptors or no memory.
+        """
+        bindings_fd = memfd.from_bytes("gatekeeper-bindings", self.bindings_json)
+        try:
+            yield self.snapshot_fd, bindings_fd
+        finally:
+            os.close(bindings_fd)
 
     @property
     def name(self) -> str:
@@ -39,9 +53,8 @@ class Accepted:
         return str(self.meta["digest"])[:12]
 
     def close(self) -> None:
-        """Close the descriptors; sockets live on, they may belong to the next generation too."""
+        """Close the snapshot; sockets live on, they may belong to the next generation too."""
         os.close(self.snapshot_fd)
-        os.close(self.bindings_fd)
 
 
 def accept(snapshot_fd: int, generation: int, before: Bindings) -> Accepted:
@@ -58,11 +71,10 @@ def accept(snapshot_fd: int, generation: int, before: Bindings) -> Accepted:
         memfd.seal(snapshot_fd)
         meta = _read(snapshot_fd)
         bindings = before.bind(generation, meta)
-        bindings_fd = memfd.from_bytes("gatekeeper-bindings", bindings.to_json())
     except BaseException:
         os.close(snapshot_fd)
         raise
-    return Accepted(generation, meta, bindings, snapshot_fd, bindings_fd, {})
+    return Accepted(generation, meta, bindings, bindings.to_json(), snapshot_fd, {})
 
 
 def endpoints(meta: dict[str, Any]) -> list[Endpoint]:

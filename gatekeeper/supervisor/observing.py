@@ -79,7 +79,13 @@ class Observer:
 
     def policy(self, policy: Accepted) -> None:
         """Tell it which policy is in force."""
-        self._tell({"op": "policy", "generation": policy.generation}, policy.fds)
+        if self.child is None:
+            return
+        try:
+            with policy.fds() as fds:
+                self._tell({"op": "policy", "generation": policy.generation}, fds)
+        except OSError:
+            self.child.kill()  # out of descriptors or memory: its successor is told
 
     def state(self, state: dict[str, Any]) -> None:
         """Tell it how the service is."""

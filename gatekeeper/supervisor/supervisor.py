@@ -13,7 +13,6 @@ import contextlib
 import os
 import resource
 import signal
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +26,17 @@ from gatekeeper.supervisor.change import Change
 from gatekeeper.supervisor.compiling import Compilation, Compiled
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.loop import Loop
+from gatekeeper.supervisor.standing import Standing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gatekeeper.supervisor.listening import Opened
     from gatekeeper.supervisor.log import Log
 
 FINE, REFUSED, CANNOT = 0, 1, 3  # exit codes
 MOST_WORKERS = 128  # their descriptors travel in one message
 STUCK_AFTER_S = 10.0
-_LONGEST_ERROR = 4000  # it travels in messages, to the status page and the audit log
 NEEDS_RESTART = ("workers", "metrics", "audit", "control", "state")
 
 
@@ -64,15 +65,12 @@ class Supervisor:
         self._settings: dict[str, Any] = {}
         self._opener: listening.Opener | None = None
         self._crew: Crew | None = None
+        self._policy: Accepted | None = None  # whose sockets are open
         self._compilation: Compilation | None = None
         self._lock: int | None = None
-        self._serving = False
-        self._stopping = False
+        self._standing = Standing()
         self._reload_wanted = False
         self._closing: list[Opened] = []  # removed by the change under way
-        self._started = time.time()
-        self._reloaded = self._started
-        self._reload_error: str | None = None
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
@@ -89,7 +87,7 @@ class Supervisor:
 
     # -- start
 
-    def _compile(self, done: Any) -> None:
+    def _compile(self, done: Callable[[Compiled], None]) -> None:
         try:
             self._compilation = Compilation(self._loop, self._options.commands.compiler, self._options.path, done)
         except OSError as err:
@@ -103,10 +101,10 @@ class Supervisor:
             self._loop.stop(CANNOT if compiled.failure is not None else REFUSED)
             return
         try:
-            self._start(self._accept(compiled.snapshot_fd))
+            self._policy = self._accept(compiled.snapshot_fd)
+            self._start(self._policy)
         except (GatekeeperError, SlotsExhausted, OSError) as err:
-            self._log.error(str(err))
-            self._loop.stop(CANNOT)
+            self._cannot_start(str(err))
 
     def _start(self, policy: Accepted) -> None:
         self._settings = settings = policy.meta["settings"]
@@ -125,16 +123,18 @@ class Supervisor:
             raise ListenError(f"no listener in {self._options.path} wants the inherited {names}")
         identity = privileges.who_to_become()
         crew = Crew(
-            self._loop, self._log, self._options.commands, identity, size, self._options.stuck_after_s, self._state
-        )
+            self._loop, self._log, self._options.commands, identity, size, self._options.stuck_after_s,
+            lambda: self._standing.state(self._crew),
+        )  # fmt: skip
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
-        self._crew, self._bindings = crew, policy.bindings
+        self._crew = crew
+        self._bindings = policy.bindings
         crew.start(policy, settings["audit"], http)
         if identity is not None and identity.name != privileges.ACCOUNTS[0]:
             self._log.info(f"workers run as {identity.name}; an account called {privileges.ACCOUNTS[0]} would be better")
 
     def _all_serve(self) -> None:
-        self._serving = True
+        self._standing.serving = True
         self._log.info(self._summary())
         self._notifier.ready(self._summary())
         if self._crew is not None:
@@ -171,9 +171,9 @@ class Supervisor:
                 self._crew.reap()
         elif number == signal.SIGHUP:
             self._reload_wanted = True
-            if self._serving and not self._stopping and self._compilation is None and not self._changing():
+            if self._standing.serving and not self._standing.stopping and self._compilation is None and not self._changing():
                 self._reload()
-        elif self._stopping or not self._serving:
+        elif self._standing.stopping or not self._standing.serving:
             self._stop_now()
         else:
             self._stop()
@@ -202,38 +202,42 @@ class Supervisor:
         if compiled.snapshot_fd is None:
             self._reloaded_or_not(why, compiled.first)
             return
-        old = crew.policy
         try:
             new = self._accept(compiled.snapshot_fd)
         except (SnapshotError, SlotsExhausted, OSError) as err:
             self._reloaded_or_not(f"the compiled policy cannot be used: {err}")
             return
         try:
-            fresh = opener.open_all(endpoints(new.meta), old.opened)
+            fresh = opener.open_all(endpoints(new.meta), crew.policy.opened)
         except ListenError as err:
             new.close()
             self._reloaded_or_not(str(err))
             return
-        everything = old.opened | fresh
+        self._change_over(crew, opener, new, fresh)
+
+    def _change_over(self, crew: Crew, opener: listening.Opener, new: Accepted, fresh: dict[str, Opened]) -> None:
+        """Put a policy in force whose new endpoints are ``fresh``; when that fails they are closed again."""
+        assert crew.policy is not None
+        old = crew.policy
         wanted = {item.key for item in endpoints(new.meta)}
-        new.opened = {key: opened for key, opened in everything.items() if key in wanted}
+        new.opened = {key: opened for key, opened in (old.opened | fresh).items() if key in wanted}
         self._closing = [opened for key, opened in old.opened.items() if key not in wanted]
 
         def committing() -> None:
-            crew.policy, self._bindings = new, new.bindings
+            self._policy = crew.policy = new
+            self._bindings = new.bindings
+            if crew.observer is not None:
+                # Before any worker can speak of what is new in it. What was in the old one keeps its number.
+                crew.observer.policy(new)
 
         def done(failure: str | None) -> None:
             crew.change = None
-            if failure is None:
-                old.close()
-                for opened in self._closing:
-                    opener.close(opened)
-                crew.bring_up_to_date()
-            else:
-                for opened in fresh.values():
-                    opener.close(opened)
-                new.close()
+            (old if failure is None else new).close()
+            for opened in self._closing if failure is None else fresh.values():
+                opener.close(opened)
             self._closing = []
+            if failure is None:
+                crew.bring_up_to_date()
             self._reloaded_or_not(failure)
 
         crew.change = Change(self._loop, old, new, crew.those_serving(), committing, done)
@@ -247,18 +251,15 @@ class Supervisor:
         crew = self._crew
         if crew is None or crew.policy is None:
             return
-        self._reload_error = None if failure is None else f"{failure}: {detail}"[:_LONGEST_ERROR].rstrip(": ")
+        self._standing.note_reload(failure, detail)
         if failure is None:
-            self._reloaded = time.time()
-            if crew.observer is not None:
-                crew.observer.policy(crew.policy)
             self._log.info(f"reloaded: {self._summary()}")
             self._warn_of_settings(crew.policy.meta["settings"])
         else:
             self._log.error(f"{failure}\nreload failed: the policy {crew.policy.name} stays in force")
-        crew.event("reload", success=failure is None, error=self._reload_error, policy=self._digest())
+        crew.event("reload", success=failure is None, error=self._standing.reload_error, policy=self._digest())
         crew.tell_state()
-        if not self._stopping:
+        if not self._standing.stopping:
             self._notifier.ready(self._summary())
             if self._reload_wanted:
                 self._reload()
@@ -271,7 +272,7 @@ class Supervisor:
     # -- stop
 
     def _stop(self) -> None:
-        self._stopping = True
+        self._standing.stopping = True
         crew = self._crew
         if crew is None or crew.policy is None:
             self._stop_now()
@@ -290,7 +291,7 @@ class Supervisor:
         self._close_listeners()
 
     def _stop_now(self) -> None:
-        if self._crew is None or not self._serving:
+        if self._crew is None or not self._standing.serving:
             self._log.info("stopping")
             self._loop.stop(FINE)
             return
@@ -303,8 +304,8 @@ class Supervisor:
         self._loop.stop(FINE)
 
     def _close_listeners(self) -> None:
-        if self._crew is not None and self._crew.policy is not None:
-            for opened in [*self._crew.policy.opened.values(), *self._closing]:
+        if self._policy is not None:
+            for opened in [*self._policy.opened.values(), *self._closing]:
                 opened.close()
 
     def _close(self) -> None:
@@ -325,37 +326,7 @@ class Supervisor:
         return policy.meta["digest"] if policy is not None else None
 
     def _summary(self) -> str:
-        policy = self._crew.policy if self._crew is not None else None
-        if policy is None or self._crew is None:
-            return "starting"
-        names = ", ".join(item["name"] for item in policy.meta["listeners"])
-        workers = len(self._crew.workers)
-        text = f"serving {names or 'nothing'} with {workers} {'worker' if workers == 1 else 'workers'}, policy {policy.name}"
-        return text if self._reload_error is None else f"{text}; the last reload failed"
-
-    def _state(self) -> dict[str, Any]:
-        """Return the state as the observer shows it."""
-        crew, now = self._crew, time.monotonic()
-        workers = crew.workers if crew is not None else []
-        return {
-            "ready": self._serving and not self._stopping and crew is not None and bool(crew.those_serving()),
-            "draining": self._stopping,
-            "workers": [
-                {
-                    "index": worker.index,
-                    "pid": worker.child.pid if worker.child is not None else None,
-                    "alive": worker.child is not None,
-                    "restarts": worker.restarts,
-                    "uptime_s": round(now - worker.child.started, 3) if worker.child is not None else 0.0,
-                }
-                for worker in workers
-            ],
-            "restarts_total": sum(worker.restarts for worker in workers),
-            "last_reload_successful": self._reload_error is None,
-            "last_reload_timestamp": self._reloaded,
-            "last_reload_error": self._reload_error,
-            "started": self._started,
-        }
+        return self._standing.summary(self._crew)
 
     def _pet_watchdog(self) -> None:
         self._notifier.watchdog()

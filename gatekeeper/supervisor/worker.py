@@ -152,7 +152,11 @@ class Worker:
             {"keys": [key for key, _, _ in missing], "shared": [opened.shared for _, _, opened in missing]},
             [sock.fileno() for _, sock, _ in missing],
         )
-        self.child.send({"op": "prepare", "generation": policy.generation}, policy.fds)
+        try:
+            with policy.fds() as fds:
+                self.child.send({"op": "prepare", "generation": policy.generation}, fds)
+        except OSError:
+            self.child.kill()  # out of descriptors or memory: by the time of its successor there may be some
         self.offered = policy.generation
 
     def commit(self, policy: Accepted) -> None:

@@ -27,8 +27,11 @@ def stand_in(mode: str) -> list[str]:
 class Service(Process):
     """A running supervisor. ``options`` are those of `serve.py`; ``prefix`` starts it (socket activation)."""
 
-    def __init__(self, folder: Path, text: str, prefix: Sequence[str] = (), **options: Any) -> None:
+    def __init__(
+        self, folder: Path, text: str, prefix: Sequence[str] = (), metrics: str = "off", **options: Any
+    ) -> None:
         self.rules = folder / "rules.yaml"
+        self._metrics = metrics
         self.write(text)
         self.notified: list[str] = []
         self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -43,7 +46,7 @@ class Service(Process):
 
     def write(self, text: str) -> None:
         """Replace the rule file. The head is one that all tests share."""
-        self.rules.write_text(f"version: 1\nmetrics: off\naudit: off\n{text}")
+        self.rules.write_text(f"version: 1\nmetrics: {self._metrics}\naudit: off\n{text}")
 
     def notifications(self) -> list[str]:
         """Return all that the service manager was told, one item a datagram."""

@@ -13,8 +13,8 @@ from gatekeeper.supervisor.accepted import Accepted
 from gatekeeper.supervisor.change import Change
 from gatekeeper.supervisor.loop import Loop
 
-OLD = Accepted(1, {}, Bindings(), -1, -1, {})
-NEW = Accepted(2, {}, Bindings(), -1, -1, {})
+OLD = Accepted(1, {}, Bindings(), b"", -1, {})
+NEW = Accepted(2, {}, Bindings(), b"", -1, {})
 
 
 class Recorder:

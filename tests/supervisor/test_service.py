@@ -115,6 +115,17 @@ def test_one_state_directory_one_service(start: Start, backend: TcpBackend, fold
     assert f"in use by another gatekeeper, pid {first.pid}" in second.output()
 
 
+def test_a_failed_start_leaves_nothing_behind(start: Start, backend: TcpBackend, folder: Path) -> None:
+    """When the last of the addresses is taken, what was opened before is closed and its socket file removed."""
+    path = folder / "gate.sock"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        local = f'  - {{name: local, listen: "unix:{path}", backend: "127.0.0.1:{backend.port}"}}\n'
+        service = start(rules(local), metrics=f"{{listen: 127.0.0.1:{taken.getsockname()[1]}}}")
+        assert service.wait(30) == 3
+        assert "metrics: cannot listen on 127.0.0.1" in service.output()
+    assert not path.exists()
+
+
 @pytest.mark.needs_root
 def test_workers_have_no_privileges(start: Start, backend: TcpBackend) -> None:
     """A worker and the observer run as the account, without any capability, and can gain none."""

@@ -1,0 +1,68 @@
+"""How the service is, in words for people and as the state that the observer shows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatekeeper.supervisor.crew import Crew
+
+_MOST_NAMES = 8
+_LONGEST_ERROR = 4000  # it travels in messages, to the status page and the audit log
+
+
+@dataclass(slots=True)
+class Standing:
+    """Where the service stands. Times are Unix times; ``reload_error`` is ``None`` after a reload that worked."""
+
+    serving: bool = False
+    stopping: bool = False
+    started: float = field(default_factory=time.time)
+    reloaded: float = field(default_factory=time.time)
+    reload_error: str | None = None
+
+    def note_reload(self, failure: str | None, detail: str) -> None:
+        """Remember how a reload ended."""
+        if failure is None:
+            self.reloaded = time.time()
+            self.reload_error = None
+        else:
+            self.reload_error = f"{failure}: {detail}"[:_LONGEST_ERROR].rstrip(": ")
+
+    def summary(self, crew: Crew | None) -> str:
+        """Return one line for the log and the service manager."""
+        if crew is None or crew.policy is None:
+            return "starting"
+        listeners = [item["name"] for item in crew.policy.meta["listeners"]]
+        names = ", ".join(listeners[:_MOST_NAMES]) or "nothing"
+        if len(listeners) > _MOST_NAMES:
+            names += f" and {len(listeners) - _MOST_NAMES} more"
+        workers = "1 worker" if len(crew.workers) == 1 else f"{len(crew.workers)} workers"
+        text = f"serving {names} with {workers}, policy {crew.policy.name}"
+        return text if self.reload_error is None else f"{text}; the last reload failed"
+
+    def state(self, crew: Crew | None) -> dict[str, Any]:
+        """Return the state as the observer is told it."""
+        now = time.monotonic()
+        workers = crew.workers if crew is not None else []
+        return {
+            "ready": self.serving and not self.stopping and crew is not None and bool(crew.those_serving()),
+            "draining": self.stopping,
+            "workers": [
+                {
+                    "index": worker.index,
+                    "pid": worker.child.pid if worker.child is not None else None,
+                    "alive": worker.child is not None,
+                    "restarts": worker.restarts,
+                    "uptime_s": round(now - worker.child.started, 3) if worker.child is not None else 0.0,
+                }
+                for worker in workers
+            ],
+            "restarts_total": sum(worker.restarts for worker in workers),
+            "last_reload_successful": self.reload_error is None,
+            "last_reload_timestamp": self.reloaded,
+            "last_reload_error": self.reload_error,
+            "started": self.started,
+        }
