@@ -9,7 +9,7 @@ import ipaddress
 import re
 from typing import NamedTuple
 
-from gatekeeper.config.words import quote
+from gatekeeper.config.words import CONTROL, quote
 from gatekeeper.policy.model import Backend
 
 MAPPED_FIRST = 0xFFFF << 32  # ::ffff:0.0.0.0
@@ -117,8 +117,10 @@ def _parse_path(text: str) -> str:
     path = text.removeprefix("unix:")
     if path.startswith("@"):
         raise ValueError(f"{quote(text)} is an abstract socket, which anybody may take: use a path like unix:/run/app.sock")
-    if not path or "\0" in path:
+    if not path:
         raise ValueError(f"{quote(text)} has no path: write unix:/run/app.sock")
+    if CONTROL.search(path):
+        raise ValueError(f"{quote(text)} has a control character in it: name the socket otherwise, like unix:/run/app.sock")
     if len(path.encode()) > PATH_MOST:
         raise ValueError(f"{quote(text)} is too long: the kernel takes at most {PATH_MOST} bytes")
     return path

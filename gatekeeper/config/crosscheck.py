@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gatekeeper.config import addresses
@@ -19,8 +20,10 @@ from gatekeeper.config.words import NAME, quote
 from gatekeeper.policy.model import Backend, format_address
 
 ENDPOINTS_MOST = 65536
+CIRCLE_SHOWN = 12  # names in the message about a set that contains itself
 TCP_ONLY = ("connect_timeout", "half_close_timeout")
 UDP_ONLY = ("max_responses",)
+METRICS = "the metrics"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,40 @@ class Watched:
     span: Span
     spot: Spot
     owner: str
+
+
+class _Ours:
+    """What the listeners watch, by address, so that thousands of listeners can be compared with each other."""
+
+    def __init__(self, watched: Iterable[Watched]) -> None:
+        self._spans: dict[tuple[str, int, str], list[tuple[int, int, int, Watched]]] = {}
+        for order, one in enumerate(watched):
+            key = one.protocol, one.span.family, one.span.host
+            self._spans.setdefault(key, []).append((one.span.first_port, one.span.last_port, order, one))
+        for spans in self._spans.values():
+            # Each stands where it starts, with the one that reaches farthest among those that start no later.
+            spans.sort(key=lambda span: span[:3])
+            for at in range(1, len(spans)):
+                before, here = spans[at - 1], spans[at]
+                if before[1] > here[1]:
+                    spans[at] = (here[0], *before[1:])
+
+    def reached(self, protocol: str, backend: Backend, ports: Iterable[tuple[int, int]]) -> Watched | None:
+        """Return the first in the file that connections to a backend come to; ``ports`` are first and last ones.
+
+        On a wildcard, only loopback is known to be this machine.
+        """
+        hosts = {backend.host}
+        if backend.family and ipaddress.ip_address(backend.host).is_loopback:
+            hosts.add(WILDCARDS[backend.family])
+        found = []
+        for host in hosts:
+            spans = self._spans.get((protocol, backend.family, host), [])
+            for first, last in ports:
+                at = bisect_right(spans, last, key=lambda span: span[0])
+                if at and spans[at - 1][1] >= first:
+                    found.append(spans[at - 1][2:])
+        return min(found, key=lambda each: each[0])[1] if found else None
 
 
 def absolute(path: str, file: str) -> str:
@@ -52,11 +89,12 @@ def crosscheck(root: Value, files: Files) -> None:
     metrics = root.get("metrics")
     listen = metrics.get("listen") if metrics else None
     if listen is not None:
-        watched += [Watched("tcp", span, listen.spot, "the metrics") for span in _spans(listen)]
+        watched += [Watched("tcp", span, listen.spot, METRICS) for span in _spans(listen)]
     _check_overlaps(watched, files)
+    ours = _Ours(one for one in watched if one.owner != METRICS)
     for listener in listeners.items() if listeners else ():
         if isinstance(listener.data, dict):
-            _check_backend(listener, watched, files)
+            _check_backend(listener, ours, files)
 
 
 def _check_unique(section: Value | None, kind: str, files: Files) -> None:
@@ -78,20 +116,24 @@ def _check_circles(sets: Value | None, files: Files) -> None:
         return
     done: set[str] = set()
     for start in sets.data:
-        path: list[str] = []
+        path: dict[str, None] = {}  # in order, and asked quickly
         stack: list[tuple[str, Iterator[Value]]] = [] if start in done else [(start, sets.data[start].items())]
         if stack:
-            path.append(start)
+            path[start] = None
         while stack:
             member = next(stack[-1][1], None)
             if member is None:
                 done.add(stack.pop()[0])
-                path.pop()
+                path.popitem()
             elif isinstance(member.data, str) and member.data in path:
-                circle = " > ".join([*path[path.index(member.data) :], member.data])
+                names = list(path)
+                names = [*names[names.index(member.data) :], member.data]
+                if len(names) > CIRCLE_SHOWN:
+                    names[CIRCLE_SHOWN // 2 : -CIRCLE_SHOWN // 2] = ["..."]
+                circle = " > ".join(names)
                 files.error(member.spot, "set", f"the set {quote(member.data)} contains itself: {circle}")
             elif isinstance(member.data, str) and member.data in sets.data and member.data not in done:
-                path.append(member.data)
+                path[member.data] = None
                 stack.append((member.data, sets.data[member.data].items()))
 
 
@@ -165,7 +207,7 @@ def _check_overlaps(watched: list[Watched], files: Files) -> None:
             latest[key] = one
 
 
-def _check_backend(listener: Value, watched: list[Watched], files: Files) -> None:
+def _check_backend(listener: Value, ours: _Ours, files: Files) -> None:
     """Report a backend that cannot go with its listener, or that is one of our own listeners."""
     item = listener.get("backend")
     if item is None:
@@ -186,24 +228,12 @@ def _check_backend(listener: Value, watched: list[Watched], files: Files) -> Non
         message = f"the backend needs a port, like {format_address(backend.family, backend.host, 8080)}: a unix socket has none to keep"
         files.error(item.spot, "listener.backend", message)
     ports = [(backend.port, backend.port)] if backend.port or not backend.family else [span[2:] for span in own if span.family]
-    for one in watched:
-        if one.owner != "the metrics" and one.protocol == protocol and _reaches(backend, ports, one.span):
-            first = max(one.span.first_port, min(first for first, _ in ports))
-            what = format_address(one.span.family, one.span.host, first)
-            files.error(
-                item.spot, "listener.backend",
-                f"the backend is what {one.owner} watches itself ({what}, line {one.spot.place.line}): "
-                "connections would come back to us; let the service listen elsewhere",
-            )  # fmt: skip
-            return
-
-
-def _reaches(backend: Backend, ports: list[tuple[int, int]], span: Span) -> bool:
-    """Say whether connections to a backend come to this span. On a wildcard, only loopback is known to be this machine."""
-    if backend.family != span.family:
-        return False
-    if backend.host != span.host and not (
-        backend.family and span.host == WILDCARDS[span.family] and ipaddress.ip_address(backend.host).is_loopback
-    ):
-        return False
-    return any(first <= span.last_port and span.first_port <= last for first, last in ports)
+    one = ours.reached(protocol, backend, ports)
+    if one is not None:
+        first = max(one.span.first_port, min(first for first, _ in ports))
+        what = format_address(one.span.family, one.span.host, first)
+        files.error(
+            item.spot, "listener.backend",
+            f"the backend is what {one.owner} watches itself ({what}, line {one.spot.place.line}): "
+            "connections would come back to us; let the service listen elsewhere",
+        )  # fmt: skip

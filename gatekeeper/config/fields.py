@@ -217,9 +217,20 @@ def parse_version(value: Any) -> int:
 
 def parse_file_name(text: str) -> str:
     """Return a path; whether it exists is not asked here."""
-    if not text or "\0" in text:
+    if not text:
         raise ValueError("there is no path here: write one, from the folder of this file")
-    return text
+    return _without_control(text)
+
+
+def _without_control(path: str) -> str:
+    """Return a path that can be written on one line.
+
+    Raises:
+        ValueError: it holds what a reader of the logs, or a terminal, could obey.
+    """
+    if words.CONTROL.search(path):
+        raise ValueError(f"{quote(path)} has a control character in it: name the file otherwise")
+    return path
 
 
 def parse_workers(value: Any) -> int | None:
@@ -235,7 +246,7 @@ def parse_audit(text: str) -> str:
     """Return stdout, journald, off, or a path with a "/" in it."""
     kinds = ("stdout", "journald", "off")
     if text in kinds or "/" in text:
-        return text
+        return _without_control(text)
     near = nearest(text, kinds)
     hint = f"did you mean {quote(near)}?" if near else f'write {listed(kinds)}, or a path with a "/" in it, like ./audit.log'
     raise ValueError(f"{quote(text)} is no place for the audit log: {hint}")

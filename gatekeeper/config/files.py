@@ -18,6 +18,7 @@ from gatekeeper.policy.model import Place
 
 SIZE_MOST_BYTES = 4 << 20
 FILES_MOST = 1000
+INCLUDES_DEEP_MOST = 32  # files between the rule file and a rule
 PROBLEMS_MOST = 1000  # a file with more is not what it claims to be
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO must not hold up a reload
@@ -113,6 +114,9 @@ class Files:
         real = os.path.realpath(path)
         if real in chain:
             self.error(spot, "rule.include", f"{path} includes itself: remove it from here")
+            return []
+        if len(chain) > INCLUDES_DEEP_MOST:
+            self.error(spot, "rule.include", f"{path} is included by more than {INCLUDES_DEEP_MOST} files, one by another: it was not read")
             return []
         if len(self.read) >= FILES_MOST:
             self.error(spot, "rule.include", f"more than {FILES_MOST} files: {path} was not read")

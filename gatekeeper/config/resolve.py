@@ -105,10 +105,14 @@ class _Who:
     def _set(self, name: str) -> AddressSet:
         if name == ANY:
             return AddressSet.EVERYTHING
-        if name not in self._sets:
-            model = self._models[name]
+        waiting = [] if name in self._sets else [name]
+        while waiting:  # not by recursion: sets may be nested deeper than Python calls
+            model = self._models[waiting[-1]]
             assert not isinstance(model, SetFile)  # those are all there from the start
-            self._sets[name] = self._union(model)
+            missing = [member for member in model if isinstance(member, str) and member not in self._sets]
+            if not missing:
+                self._sets[waiting.pop()] = self._union(model)
+            waiting += missing
         return self._sets[name]
 
 

@@ -13,6 +13,8 @@ UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LONGEST_S = 366 * UNIT_SECONDS["d"]
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)")
 
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # whatever a terminal or a reader of lines could obey
+
 QUOTED_MOST = 80  # characters of the file that a message repeats
 LISTED_MOST = 20  # names that a message lists
 GUESSED_MOST = 64  # longer words are no misspelt names, and comparing them takes quadratic time
