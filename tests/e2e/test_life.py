@@ -342,6 +342,57 @@ def test_a_second_gate_on_the_same_address_is_an_error_that_names_the_owner(
         assert ask(client) == b"are you there?"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_drains_too(run_gate: Callable[..., Gate], backend: TcpBackend, number: signal.Signals) -> None:
+    """Ctrl-C in a terminal and a service manager reach all processes at once; workers and observer leave it to the first."""
+    port = free_port()
+    gate = run_gate(policy([port], backend, EVERYBODY), workers=2)
+    with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
+        assert ask(client) == b"are you there?"
+        assert gate.get("/healthz")[0] == 200
+        os.killpg(gate.pid, number)
+        gate.wait_notified("STOPPING=1")
+        until(lambda: nobody_listens(port), "newcomers are refused")
+        assert len(gate.worker_pids()) >= 1
+        assert ask(client) == b"are you there?"
+    assert gate.wait() == 0
+    assert [event["gatekeeper"]["end"] for event in gate.audit("connection")] == ["finished"]
+
+
+@pytest.mark.parametrize("what", ["tcp", "udp", "metrics", "address", "folder", "audit"])
+def test_what_cannot_be_opened_is_named(folder: Path, what: str) -> None:
+    """A taken port, an address that is not ours, a missing folder: exit code 3 and a message that names it."""
+    with ExitStack() as ends:
+        kind = socket.SOCK_DGRAM if what == "udp" else socket.SOCK_STREAM
+        taken = ends.enter_context(socket.socket(socket.AF_INET, kind))
+        taken.bind(("127.0.0.1", 0))
+        if kind == socket.SOCK_STREAM:
+            taken.listen()
+        taken_port, free = taken.getsockname()[1], free_port()
+        listen = {
+            "tcp": f"127.0.0.1:{taken_port}",
+            "udp": f"127.0.0.1:{taken_port}",
+            "address": f"192.0.2.77:{free}",
+            "folder": f"unix:{folder}/missing/door.sock",
+        }.get(what, f"127.0.0.1:{free}")
+        metrics = f"{{listen: 127.0.0.1:{taken_port}}}" if what == "metrics" else "off"
+        audit = f"{folder}/missing/audit.log" if what == "audit" else "off"
+        rules = folder / "rules.yaml"
+        rules.write_text(
+            f"version: 1\nworkers: 1\nmetrics: {metrics}\naudit: {audit}\ndefault: deny\nlisteners:\n"
+            f"  - {{name: web, protocol: {'udp' if what == 'udp' else 'tcp'}, listen: '{listen}', backend: '127.0.0.1:9'}}\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "gatekeeper", "run", str(rules)], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        )
+    assert done.returncode == 3, done
+    named = {"metrics": f"127.0.0.1:{taken_port}", "audit": audit}.get(what, listen)
+    assert named in done.stderr
+    if what in {"tcp", "udp", "metrics"}:
+        assert str(os.getpid()) in done.stderr  # whose it is
+    assert "Traceback" not in done.stderr
+
+
 def test_a_gate_that_cannot_start_says_so_and_leaves_nothing(folder: Path) -> None:
     """A broken rule file at start is exit code 1 with its position; a missing one is exit code 3."""
     broken = folder / "broken.yaml"

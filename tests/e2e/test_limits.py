@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import random
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from tests.support import need
 from tests.support.backends import Silent, TcpBackend, UdpBackend, read_to_end
-from tests.support.clients import Sources, ask, close_all
+from tests.support.clients import Sources, ask, close_all, send_and_end
 from tests.support.gate import Gate
 from tests.support.ports import free_port
 from tests.support.wait import until
@@ -78,6 +82,89 @@ def test_a_backend_that_does_not_answer_is_given_up(run_gate: Callable[..., Gate
         (event,) = gate.wait_for_audit(1, "connection")
         assert event["gatekeeper"]["end"] == "backend_failed"
         assert gate.scrape().value("gatekeeper_connections_total", action="allow") == 1
+
+
+def test_what_was_said_during_a_slow_dial_arrives(run_gate: Callable[..., Gate]) -> None:
+    """A client that has sent 2 MB and its end before the backend answered the dial loses nothing."""
+    port = free_port()
+    data = random.Random(1).randbytes(2_000_000)
+    with Silent() as backend:
+        run_gate(open_policy(port, backend.address, "connect_timeout: 30s"))
+        with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
+            sender = threading.Thread(target=send_and_end, args=(client, data))
+            sender.start()
+            with backend.wake() as connection:
+                assert read_to_end(connection) == data
+                connection.sendall(b"got it")
+            sender.join()
+            assert read_to_end(client) == b"got it"
+
+
+@pytest.mark.xfail(strict=True, reason="a full unix backlog counts as a failed dial")
+def test_a_busy_unix_backend_is_waited_for(run_gate: Callable[..., Gate], folder: Path) -> None:
+    """A unix backend whose queue is full for a moment is no failure, as it is none over TCP."""
+    port, path = free_port(), folder / "busy.sock"
+    with socket.socket(socket.AF_UNIX) as backend, ExitStack() as ends:
+        backend.bind(str(path))
+        path.chmod(0o777)
+        backend.listen(1)
+        backend.settimeout(10)
+        gate = run_gate(open_policy(port, f"unix:{path}", "connect_timeout: 5s"))
+        clients = [ends.enter_context(Sources().connect("127.0.0.1", "127.0.0.1", port)) for _ in range(20)]
+        gate.wait_for_value(20, "gatekeeper_connections_total", action="allow")
+        for _ in clients:
+            connection, _peer = backend.accept()
+            with connection:
+                connection.sendall(b"at last")
+        for client in clients:
+            assert client.recv(100) == b"at last"
+
+
+@pytest.mark.parametrize("state", ["idle", "half closed", "reader pauses", "dialling"])
+def test_waiting_costs_no_cpu(run_gate: Callable[..., Gate], state: str) -> None:
+    """Whatever a session waits for, the worker sleeps: it uses less than a fifth of a second of CPU in one second."""
+    port = free_port()
+    with ExitStack() as ends:
+        if state == "dialling":
+            address = ends.enter_context(Silent()).address
+        else:
+            server = ends.enter_context(socket.create_server(("127.0.0.1", 0)))
+            server.settimeout(10)
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+        gate = run_gate(open_policy(port, address, "connect_timeout: 20s"))
+        for number in range(5):
+            client = ends.enter_context(Sources().connect("127.0.0.1", "127.0.0.1", port))
+            if state == "dialling":
+                client.sendall(b"hello?" * (number % 2))
+                continue
+            backend = ends.enter_context(server.accept()[0])
+            first, second = (client, backend) if number % 2 else (backend, client)
+            if state == "half closed":
+                first.shutdown(socket.SHUT_WR)
+                assert second.recv(1) == b""
+            elif state == "reader pauses":
+                fill(first)
+        (worker,) = gate.worker_pids()
+        gate.wait_for_value(5, "gatekeeper_connections_total")
+        start, used = time.monotonic(), cpu_s(worker)
+        until(lambda: time.monotonic() - start > 1, "a second has passed", within_s=5)
+        assert cpu_s(worker) - used < 0.2
+
+
+def fill(connection: socket.socket) -> None:
+    """Send until nothing more is taken for a moment."""
+    connection.settimeout(0.3)
+    try:
+        while True:
+            connection.send(bytes(1 << 16))
+    except TimeoutError:
+        pass
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU time a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_backend_that_is_down_is_a_reset_and_comes_back(run_gate: Callable[..., Gate]) -> None:

@@ -195,7 +195,7 @@ def test_redis_benchmark(run_gate: Callable[..., Gate], folder: Path) -> None:
     port = free_port()
     with Redis(folder) as redis:
         gate = run_gate(rules("redis", redis.port, port), workers=2)
-        benchmark = ["redis-benchmark", "-h", "127.0.0.1", "-p", str(port), "-c", "50", "-n", "20000", "-t", "set,get,lrange_100"]
+        benchmark = ["redis-benchmark", "-h", "127.0.0.1", "-p", str(port), "-c", "50", "-n", "10000", "-t", "set,get,lrange_100"]
         for pipeline in ("1", "16"):
             done = run([*benchmark, "-d", "200", "-P", pipeline, "--csv"], within_s=60)
             assert done.returncode == 0, done

@@ -175,6 +175,26 @@ def test_a_reader_that_pauses_stops_the_writer_and_misses_nothing(
         session.close()
 
 
+@pytest.mark.parametrize("receive_buffer", [None, 4096])
+def test_both_directions_at_once(run_gate: Callable[..., Gate], server: socket.socket, receive_buffer: int | None) -> None:
+    """32 MiB each way at the same time, also to a client with a tiny receive buffer, arrive as they were."""
+    port = free_port()
+    run_gate(open_policy(f"127.0.0.1:{port}", f"127.0.0.1:{server.getsockname()[1]}"))
+    there, back = (random.Random(seed).randbytes(32 * BIG) for seed in (1, 2))
+    with Sources().make("127.0.0.1") as client:
+        if receive_buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.connect(("127.0.0.1", port))
+        backend, _peer = server.accept()
+        backend.settimeout(PATIENCE_S)
+        with backend, ThreadPoolExecutor(4) as pool:
+            pool.submit(send_and_end, client, there)
+            pool.submit(send_and_end, backend, back)
+            at_backend, at_client = pool.submit(read_to_end, backend), pool.submit(read_to_end, client)
+            assert at_backend.result() == there
+            assert at_client.result() == back
+
+
 def resident_kib(pid: int) -> int:
     """Return the resident memory of a process."""
     return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))

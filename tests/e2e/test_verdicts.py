@@ -268,31 +268,37 @@ rules:
 
 
 @pytest.mark.needs_root  # only root may look into workers
+@pytest.mark.needs("ip")
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
 def test_one_source_always_meets_one_worker(
-    run_gate: Callable[..., Gate], backends: tuple[TcpBackend, UdpBackend]
+    run_gate: Callable[..., Gate],
+    backends: tuple[TcpBackend, UdpBackend],
+    remote: RemoteNetwork,
+    kind: socket.SocketKind,
+    family: int,
 ) -> None:
-    """With two workers, the connections of one source all live in one of them, and sources are spread over both."""
-    tcp, _udp = backends
-    port = free_port()
-    gate = run_gate(
-        f"listeners:\n  - {{name: web, listen: '127.0.0.1:{port}', backend: '{tcp.address}'}}\ndefault: allow\n", workers=2
-    )
-    sources = Sources()
+    """With two workers, all sessions of one source live in one of them, and sources are spread over both."""
+    port, host = free_port(), remote.gate_v4 if family == 4 else remote.gate_v6
+    door = Door("door", host, port, kind)
+    backend, descriptors = (backends[0].address, 2) if kind == socket.SOCK_STREAM else (backends[1].address, 1)
+    gate = run_gate(policy_text([door], {"door": backend}, "  - {name: everybody, action: allow}", "deny"), workers=2)
+    from_afar = Sources(remote)
     pids = gate.worker_pids()
     assert len(pids) == 2
     met: Counter[int] = Counter()
-    for source in LOCAL_SOURCES[:24]:
-        before = {pid: open_descriptors(pid) for pid in pids}
-        streams = [sources.connect(source, "127.0.0.1", port) for _ in range(4)]
-        try:
-            for stream in streams:
-                assert seen_over_tcp(stream) == "allow"
-            grown = {pid: open_descriptors(pid) - before[pid] for pid in pids}
-        finally:
-            close_all(streams)
-        assert sorted(grown.values()) == [0, 8], (source, grown)
-        met[max(grown, key=lambda pid: grown[pid])] += 1
-        until(lambda: all(open_descriptors(pid) == before[pid] for pid in pids), "the sessions have ended")  # noqa: B023
+    before = {pid: open_descriptors(pid) for pid in pids}
+    with ExitStack() as ends:
+        for source in (remote.sources_v4 if family == 4 else remote.sources_v6)[:24]:
+            for _ in range(4):
+                session = ends.enter_context(from_afar.make(source, kind))
+                session.connect((host, port))
+                assert ask(session) == b"are you there?"
+            after = {pid: open_descriptors(pid) for pid in pids}
+            grown = {pid: after[pid] - before[pid] for pid in pids}
+            assert sorted(grown.values()) == [0, 4 * descriptors], (source, grown)
+            met[max(grown, key=lambda pid: grown[pid])] += 1
+            before = after
     assert len(met) == 2, met
 
 

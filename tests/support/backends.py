@@ -165,7 +165,10 @@ def read_to_end(connection: socket.socket) -> bytes:
 
 
 class Silent:
-    """A listening address that completes no handshake: its queue is full, so the kernel ignores every further SYN."""
+    """A listening address that completes no handshake: its queue is full, so the kernel ignores every further SYN.
+
+    `wake` lets them in after all: the kernel's own retries connect within a second or two.
+    """
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=0)
@@ -179,6 +182,17 @@ class Silent:
                 filler.connect(self._listener.getsockname())
             except TimeoutError:
                 return
+
+    def wake(self) -> socket.socket:
+        """Return the first connection that is none of our own fillers; the caller owns it."""
+        self._listener.settimeout(PATIENCE_S)
+        own = {filler.getsockname() for filler in self._fillers}
+        while True:
+            connection, peer = self._listener.accept()
+            if peer not in own:
+                connection.settimeout(PATIENCE_S)
+                return connection
+            connection.close()
 
     def close(self) -> None:
         for filler in self._fillers:
