@@ -4,8 +4,11 @@ The rules:
 - What is read from a leg is written to the other at once. When the other cannot take it all, reading stops until it can:
   at most one chunk (copied) or one pipe (spliced) waits, nothing queues.
 - The end of a leg (FIN) becomes the end of the other once everything before it is written; the opposite direction goes on.
-- A leg that has ended stays registered for nothing but errors; a leg that is paused is not registered at all, because
-  epoll reports hang-ups even to those who asked for nothing.
+- A leg starts edge-triggered: as long as all it does is to send little and to end, epoll need not be told anything
+  more. The price is that a short read is taken for the end of what has come, and that a hang-up in the event means
+  to read until it shows. Whoever is interrupted (paused, or busy with bulk) becomes level-triggered and stays so.
+- A level-triggered leg that has ended stays registered for nothing but errors; one that is paused is not registered
+  at all, because epoll reports hang-ups even to those who asked for nothing.
 - Errors of a leg end the session: see `gatekeeper.proxy.session`.
 
 Reading and writing happen in one function on purpose: it saves a call per event, and this is where the time goes.
@@ -31,6 +34,8 @@ BULK_LEAST_BYTES = 1 << 12  # a splice that moves less than this was not worth i
 
 SPLICE_FLAGS = 1 | 2  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK, which Python 3.11 does not name
 ERROR = select.EPOLLERR
+HANGUP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+EDGE = READ | select.EPOLLRDHUP | select.EPOLLET
 UNWATCHED = -1
 SHUT_WR = _socket.SHUT_WR
 
@@ -78,56 +83,61 @@ class Leg:
             if self.ended:
                 if mask & ERROR:  # it had ended, and now it is gone altogether
                     self.session.lose(self)
-                elif not mask & WRITE:  # a unix peer that closed; whether we mind shows when we write to it
+                elif not mask & WRITE and self.interest != EDGE:  # a unix peer that closed; whether we mind shows when we write to it
                     self.watch(UNWATCHED)
                 return
         if self.pending is None and not self.piped and not self.ended:
-            self.pull()
+            self.pull(mask)
 
     def blocked(self) -> bool:
         """Say whether bytes of this leg wait for the other one."""
         return self.pending is not None or self.piped > 0
 
-    def pull(self) -> None:
-        """Read what has come and write it to the other leg."""
+    def pull(self, mask: int) -> None:
+        """Read what has come and write it to the other leg. ``mask``: what epoll said of this leg."""
         if self.bulk:
-            self.pull_bulk()
+            self.pull_bulk(mask)
             return
-        try:
-            data = read(self.fd, CHUNK_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.session.lose(self)
-            return
-        size = len(data)
-        if not size:
-            self.end()
-            return
-        self.received += size
-        other = self.other
-        try:
-            sent = write(other.fd, data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.session.lose(other)
-            return
-        if sent == size:
+        while True:
+            try:
+                data = read(self.fd, CHUNK_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.session.lose(self)
+                return
+            size = len(data)
+            if not size:
+                self.end()
+                return
+            self.received += size
+            other = self.other
+            try:
+                sent = write(other.fd, data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.session.lose(other)
+                return
+            if sent != size:
+                self.pending = data[sent:]
+                self.watch_as_needed()
+                other.watch_as_needed()
+                return
             if size == CHUNK_BYTES:
                 self.bulk = True
-            return
-        self.pending = data[sent:]
-        self.watch_as_needed()
-        other.watch_as_needed()
+                self.watch(READ)
+                return
+            if not mask & HANGUP or self.interest != EDGE:
+                return
 
-    def pull_bulk(self) -> None:
+    def pull_bulk(self, mask: int) -> None:
         """Move what has come through a pipe, without the bytes ever being copied to us."""
         session = self.session
         pipe = session.pipes.take()
         if pipe is None:
             self.bulk = False
-            self.pull()
+            self.pull(mask)
             return
         for _ in range(BULK_ROUNDS):
             try:
@@ -218,7 +228,7 @@ class Leg:
 
     def watch(self, mask: int) -> None:
         """Ask epoll for ``mask``."""
-        if mask == self.interest:
+        if mask == self.interest or (mask == 0 and self.interest == EDGE):
             return
         epoll = self.session.epoll
         if mask == UNWATCHED:

@@ -21,8 +21,8 @@ from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 from gatekeeper.proxy.accounts import count_bytes, count_end, count_failure
-from gatekeeper.proxy.loop import READ, WRITE
-from gatekeeper.proxy.relay import CHUNK_BYTES, SPLICE_FLAGS, UNWATCHED, Leg
+from gatekeeper.proxy.loop import WRITE
+from gatekeeper.proxy.relay import CHUNK_BYTES, EDGE, SPLICE_FLAGS, UNWATCHED, Leg
 from gatekeeper.snapshot.counters import DIAL_BOUNDS_S, End, ListenerSlot
 
 if TYPE_CHECKING:
@@ -148,9 +148,10 @@ class TcpSession:
         handlers[client.fd] = client
         handlers[backend.fd] = backend
         if client.pending is None and not client.ended:
-            self.epoll.register(client.fd, READ)
-            client.interest = READ
-            backend.watch(READ)
+            register = self.epoll.register
+            register(client.fd, EDGE)
+            register(backend.fd, EDGE)
+            client.interest = backend.interest = EDGE
             return
         backend.watch_as_needed()
         client.watch_as_needed()
