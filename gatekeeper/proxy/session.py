@@ -91,9 +91,17 @@ class TcpSession:
         client = self.client
         self.backend = backend = Leg(self, sock.fileno(), sock)
         client.other, backend.other = backend, client
+        self.connect(sock)
+
+    def connect(self, sock: _socket.socket) -> None:
+        """Start to connect, once or again."""
+        terms, client, backend = self.terms, self.client, self.backend
         error = sock.connect_ex(terms.backend_address)
         if error and error != errno.EINPROGRESS:
-            self.dial_failed(error)
+            if error == errno.EAGAIN and terms.backend_family == _socket.AF_UNIX:  # its queue is full
+                self.gate.shared.due[client.fd] = Retry(self)
+            else:
+                self.dial_failed(error)
             return
         if terms.may_meet_itself and sock.getsockname() == terms.backend_address:
             self.dial_failed(errno.ELOOP)
@@ -228,11 +236,12 @@ class TcpSession:
 class Dial:
     """Waits until the backend has answered."""
 
-    __slots__ = ("deadline_s", "session")
+    __slots__ = ("deadline_s", "session", "watches_client")
 
     def __init__(self, session: TcpSession) -> None:
         self.session = session
         self.deadline_s = session.began_s + session.terms.connect_timeout_s
+        self.watches_client = False
 
     def ready(self, _mask: int) -> None:
         """The kernel knows how the dial went."""
@@ -244,19 +253,61 @@ class Dial:
             session.dial_failed(error)
             return
         shared.loop.unwatch(backend.fd)
+        if self.watches_client:
+            shared.loop.unwatch(session.client.fd)
         del shared.due[session.client.fd]
         session.connected()
         if error:
             session.lose(backend)
 
     def check(self, now: float) -> None:
-        """See `gate.Due.check`."""
+        """See `gate.Due.check`. A dial that takes its time is worth watching whether the client still waits for it."""
+        session = self.session
         if now >= self.deadline_s:
-            self.session.dial_failed(errno.ETIMEDOUT)
+            session.dial_failed(errno.ETIMEDOUT)
+        elif not self.watches_client:
+            self.watches_client = True
+            session.gate.shared.loop.watch(session.client.fd, 0, Impatient(session))
 
     def fail(self) -> None:
         """See `Failing.fail`."""
         self.session.fail()
+
+
+class Impatient:
+    """A client whose backend is still being dialled: nothing is expected of it but that it may be gone."""
+
+    __slots__ = ("session",)
+
+    def __init__(self, session: TcpSession) -> None:
+        self.session = session
+
+    def ready(self, _mask: int) -> None:
+        """It is gone."""
+        self.session.finish(End.CLIENT_RESET)
+
+    def fail(self) -> None:
+        """See `Failing.fail`."""
+        self.session.fail()
+
+
+class Retry:
+    """Waits for room in the queue of a unix backend, which the kernel does not announce."""
+
+    __slots__ = ("deadline_s", "session")
+
+    def __init__(self, session: TcpSession) -> None:
+        self.session = session
+        self.deadline_s = session.began_s + session.terms.connect_timeout_s
+
+    def check(self, now: float) -> None:
+        """See `gate.Due.check`."""
+        session = self.session
+        if now >= self.deadline_s:
+            session.dial_failed(errno.ETIMEDOUT)
+            return
+        del session.gate.shared.due[session.client.fd]
+        session.connect(session.backend.socket())
 
 
 class Delivery:

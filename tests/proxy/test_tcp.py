@@ -119,6 +119,20 @@ def read_until_reset(sock: socket.socket) -> bytes:
         parts.append(data)
 
 
+@contextlib.contextmanager
+def full_backend() -> Iterator[tuple[str, int]]:
+    """Give the address of a backend whose queue is full, so that the kernel leaves further SYNs unanswered."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        yield full.getsockname()
+
+
 def acknowledged(sock: socket.socket) -> bool:
     """Say whether the other side's kernel has everything that was sent."""
     return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0] == 0
@@ -324,24 +338,47 @@ def test_a_missing_unix_backend_is_counted_as_missing(tmp_path: Path) -> None:
 
 def test_a_dial_that_is_not_answered_times_out() -> None:
     """A backend whose queue is full swallows the SYN: the dial ends after connect_timeout and the client is reset."""
-    full = socket.socket()
-    full.bind(("127.0.0.1", 0))
-    full.listen(0)
-    fillers = []
-    for _ in range(4):
-        filler = socket.socket()
-        filler.setblocking(False)
-        filler.connect_ex(full.getsockname())
-        fillers.append(filler)
-    sock, endpoint = listen()
-    with Rig([listener("web", backend_of(full), endpoint, connect_s=0.5)], [ALLOW_ALL], {endpoint.key: sock}) as rig:
-        with socket.create_connection((endpoint.host, endpoint.port), PATIENCE_S) as client:
-            client.sendall(b"hello?")
-            assert read_until_reset(client) == b""
-        assert rig.ended()[0] is End.BACKEND_FAILED
-        assert rig.counter("web", ListenerSlot.BACKEND_FAILURES + Cause.TIMEOUT) == 1
-    for filler in [*fillers, full]:
-        filler.close()
+    with full_backend() as address:
+        sock, endpoint = listen()
+        web = listener("web", Backend(4, *address), endpoint, connect_s=0.5)
+        with Rig([web], [ALLOW_ALL], {endpoint.key: sock}) as rig:
+            with socket.create_connection((endpoint.host, endpoint.port), PATIENCE_S) as client:
+                client.sendall(b"hello?")
+                assert read_until_reset(client) == b""
+            assert rig.ended()[0] is End.BACKEND_FAILED
+            assert rig.counter("web", ListenerSlot.BACKEND_FAILURES + Cause.TIMEOUT) == 1
+
+
+def test_a_client_that_gives_up_while_its_backend_is_dialled_holds_nothing() -> None:
+    """A reset during a dial that is not answered ends the session long before connect_timeout."""
+    with full_backend() as address:
+        sock, endpoint = listen()
+        web = listener("web", Backend(4, *address), endpoint, connect_s=60.0)
+        with Rig([web], [ALLOW_ALL], {endpoint.key: sock}) as rig:
+            client = socket.create_connection((endpoint.host, endpoint.port), PATIENCE_S)
+            until(lambda: rig.live("web") == 1, "the dial has begun")
+            reset(client)
+            assert rig.ended()[0] is End.CLIENT_RESET
+
+
+def test_a_unix_backend_with_a_full_queue_is_waited_for(tmp_path: Path) -> None:
+    """The kernel refuses at once what it would let wait on TCP; the client must not see the difference."""
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as filler:
+        path = str(tmp_path / "backend")
+        server.bind(path)
+        server.listen(0)
+        server.settimeout(PATIENCE_S)
+        filler.connect(path)
+        sock, endpoint = listen()
+        with (
+            Rig([listener("web", Backend(0, path, 0), endpoint)], [ALLOW_ALL], {endpoint.key: sock}) as rig,
+            socket.create_connection((endpoint.host, endpoint.port), PATIENCE_S) as client,
+        ):
+            client.sendall(b"patience")
+            until(lambda: rig.live("web") == 1, "the dial has begun")
+            with server.accept()[0], server.accept()[0] as backend:
+                backend.settimeout(PATIENCE_S)
+                assert backend.recv(100) == b"patience"
 
 
 @pytest.mark.parametrize(("limits", "end"), [
