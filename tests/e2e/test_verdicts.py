@@ -278,7 +278,7 @@ def test_one_source_always_meets_one_worker(
     kind: socket.SocketKind,
     family: int,
 ) -> None:
-    """With two workers, all sessions of one source live in one of them, and sources are spread over both."""
+    """With two workers, all sessions of a source (an IPv6 /64 is one) live in one of them; sources are spread over both."""
     port, host = free_port(), remote.gate_v4 if family == 4 else remote.gate_v6
     door = Door("door", host, port, kind)
     backend, descriptors = (backends[0].address, 2) if kind == socket.SOCK_STREAM else (backends[1].address, 1)
@@ -286,7 +286,7 @@ def test_one_source_always_meets_one_worker(
     from_afar = Sources(remote)
     pids = gate.worker_pids()
     assert len(pids) == 2
-    met: Counter[int] = Counter()
+    met: dict[str, int] = {}  # network -> worker
     before = {pid: open_descriptors(pid) for pid in pids}
     with ExitStack() as ends:
         for source in (remote.sources_v4 if family == 4 else remote.sources_v6)[:24]:
@@ -297,9 +297,12 @@ def test_one_source_always_meets_one_worker(
             after = {pid: open_descriptors(pid) for pid in pids}
             grown = {pid: after[pid] - before[pid] for pid in pids}
             assert sorted(grown.values()) == [0, 4 * descriptors], (source, grown)
-            met[max(grown, key=lambda pid: grown[pid])] += 1
+            network = str(ipaddress.ip_network(source).supernet(new_prefix=64)) if family == 6 else source
+            worker = pids[0] if grown[pids[0]] else pids[1]
+            assert met.setdefault(network, worker) == worker
             before = after
-    assert len(met) == 2, met
+    assert len(met) == (12 if family == 6 else 24)
+    assert set(met.values()) == set(pids)
 
 
 def open_descriptors(pid: int) -> int:

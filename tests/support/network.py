@@ -29,7 +29,8 @@ _numbers = itertools.count()
 class RemoteNetwork:
     """Make the namespaces; `close` removes them. Names and addresses are this test process's own.
 
-    ``gate_v4`` and ``gate_v6`` are this host's addresses towards it; ``sources_v4`` and ``sources_v6`` are client addresses.
+    ``gate_v4`` and ``gate_v6`` are this host's addresses towards it; ``sources_v4`` and ``sources_v6`` are client addresses,
+    the IPv6 ones in order and by twos of one /64.
     """
 
     def __init__(self) -> None:
@@ -40,11 +41,11 @@ class RemoteNetwork:
         # 198.18.0.0/15 is set aside for tests of network devices, 2001:db8::/32 for documentation.
         v4, v6 = f"198.18.{number}", f"2001:db8:{number:x}"
         self.gate_v4, self.gate_v6 = f"{v4}.1", str(ipaddress.ip_address(f"{v6}::1"))
-        self.network_v4, self.network_v6 = f"{v4}.128/25", str(ipaddress.ip_network(f"{v6}:2::/64"))
+        self.network_v4, self.network_v6 = f"{v4}.128/25", f"2001:db8:{0x1000 + number:x}::/48"
         first_v4 = ipaddress.IPv4Address(f"{v4}.129")
-        first_v6 = ipaddress.IPv6Address(f"{v6}:2::1")
+        first_v6 = ipaddress.IPv6Network(self.network_v6).network_address
         self.sources_v4 = [str(first_v4 + index) for index in range(SOURCES_PER_FAMILY)]
-        self.sources_v6 = [str(first_v6 + index * 0x10000_0000_0001) for index in range(SOURCES_PER_FAMILY)]
+        self.sources_v6 = [str(first_v6 + (index // 2 << 64) + index + 1) for index in range(SOURCES_PER_FAMILY)]
         self._inside: ThreadPoolExecutor | None = None
         try:
             self._build(v4, v6)
