@@ -29,24 +29,28 @@ _LONGEST_COMMAND = 80
 class Owner:
     """A socket that is in the way. ``pid`` and ``command`` are ``None`` when the process cannot be seen.
 
-    ``uid`` is ``None`` when /proc does not say (unix sockets).
+    ``uid`` is ``None`` when /proc does not say (unix sockets). ``certain`` is false for a guess: a gatekeeper lets
+    nobody of its own user look into it.
     """
 
     inode: int
     uid: int | None
     pid: int | None
     command: str | None
+    certain: bool = True
 
     def __str__(self) -> str:
-        if self.pid is not None:
-            return f"pid {self.pid} ({self.command})"
-        if self.uid is None:
-            return "a process that we may not look into"
-        try:
-            name = pwd.getpwuid(self.uid).pw_name
-        except KeyError:
-            name = f"uid {self.uid}"
-        return f"a process of {name} that we may not look into"
+        process = f"pid {self.pid} ({self.command})"
+        if self.pid is not None and self.certain:
+            return process
+        text = "a process"
+        if self.uid is not None:
+            try:
+                text += f" of {pwd.getpwuid(self.uid).pw_name}"
+            except KeyError:
+                text += f" of uid {self.uid}"
+        text += " that we may not look into"
+        return text if self.pid is None else f"{text}, probably {process}"
 
 
 def owner_of(endpoint: Endpoint) -> Owner | None:
@@ -60,7 +64,9 @@ def owner_of(endpoint: Endpoint) -> Owner | None:
     holders = sorted(_holders(set(sockets)))
     if not holders:
         inode, uid = next(iter(sockets.items()))
-        return Owner(inode, uid, None, None)
+        guesses = sorted(_supervisors(uid))
+        pid = guesses[0][1] if guesses else None
+        return Owner(inode, uid, pid, None if pid is None else _command(pid), certain=False)
     _age, pid, inode = holders[0]
     return Owner(inode, sockets[inode], pid, _command(pid))
 
@@ -141,6 +147,15 @@ def _holders(inodes: set[int]) -> Iterator[tuple[int, int, int]]:
                 if inode is not None:
                     yield _start_time(pid), int(pid), inode
                     break
+
+
+def _supervisors(uid: int | None) -> Iterator[tuple[int, int]]:
+    """Yield (start time, pid) for each other process of a user whose command line is that of `gatekeeper run`."""
+    for pid in filter(str.isdigit, os.listdir(_PROC)):
+        with contextlib.suppress(OSError):
+            user = (_PROC / pid / "status").read_text(errors="replace").partition("\nUid:")[2].split()[0]
+            if uid in {None, int(user)} and int(pid) != os.getpid() and "gatekeeper run" in _command(int(pid)):
+                yield _start_time(pid), int(pid)
 
 
 def _start_time(pid: str) -> int:

@@ -89,3 +89,5 @@ def test_an_owner_that_cannot_be_seen_is_described() -> None:
     assert str(owners.Owner(1, 0, None, None)) == "a process of root that we may not look into"
     assert str(owners.Owner(1, 4242424, None, None)) == "a process of uid 4242424 that we may not look into"
     assert str(owners.Owner(1, None, None, None)) == "a process that we may not look into"
+    guess = owners.Owner(1, 0, 42, "gatekeeper run", certain=False)
+    assert str(guess) == "a process of root that we may not look into, probably pid 42 (gatekeeper run)"

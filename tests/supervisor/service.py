@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -16,6 +17,7 @@ from tests.support.wait import until
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+PATH = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 START_S = 30.0
 
 
@@ -40,7 +42,7 @@ class Service(Process):
             [sys.executable, str(HERE / "serve.py"), str(self.rules), json.dumps(options)],
             folder,
             "service",
-            env={"PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "1000000"},
+            env={**PATH, "NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "1000000"},
             prefix=prefix,
         )
 

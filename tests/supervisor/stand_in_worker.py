@@ -5,7 +5,7 @@
     die:G            end when generation G is to be prepared
     mute:G           never answer when generation G is to be prepared
     crash            end at once
-    stuck:FILE       stop turning once committed, unless FILE exists; make it
+    stuck:FILE       stop turning once committed, unless FILE existed at the start; make it
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ def main() -> int:
     counters: memoryview | None = None
     if mode == "crash":
         return 4
+    if mode == "stuck":
+        # While files may still be made.
+        try:
+            os.close(os.open(detail, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            mode = "fine"
     while True:
         if counters is not None:
             counters[WorkerSlot.HEARTBEAT_MS] = int(time.monotonic() * 1000)
@@ -52,10 +58,8 @@ def main() -> int:
                 channel.send({"op": "prepared", "generation": generation})
         elif order["op"] == "commit":
             channel.send({"op": "committed", "generation": generation})
-            if mode == "stuck" and not os.path.exists(detail):
-                os.close(os.open(detail, os.O_CREAT | os.O_WRONLY, 0o600))
-                while True:
-                    time.sleep(60)
+            while mode == "stuck":
+                time.sleep(60)
         elif order["op"] == "drain":
             channel.send({"op": "drained", "sessions": 0})
             return 0

@@ -79,7 +79,6 @@ def test_workers_that_refuse_the_first_policy(start: Start) -> None:
 
 def test_a_stuck_worker_is_replaced(start: Start, folder: Path) -> None:
     """A worker whose loop no longer turns is killed and replaced."""
-    os.chmod(folder, 0o777)  # for the mark that the stand-in leaves, without privileges, for its successor
     service = start(f"stuck:{folder}/was-stuck", stuck_after_s=0.5, workers=1).ready()
     (before,) = service.workers()
     service.says(r"worker 0 \(pid \d+\) is stuck for \d+ s; killing it")
@@ -98,7 +97,6 @@ def test_an_observer_that_crashes(start: Start) -> None:
 
 def test_a_stuck_worker_does_not_hold_up_the_stop(start: Start, folder: Path) -> None:
     """A worker that is stuck while it should drain is killed, long before the deadline."""
-    os.chmod(folder, 0o777)
     service = start(f"stuck:{folder}/was-stuck", stuck_after_s=2.0, workers=1, drain_timeout_s=300.0).ready()
     service.signal(signal.SIGTERM)
     assert service.wait(30) == 0
