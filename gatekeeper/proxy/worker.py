@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 HOUSEKEEPING_S = 1.0  # suppressed refusals, queue lengths, a new round of sweeps
 SWEPT_PER_TICK = 1000  # sessions looked at in one go, so that no turn takes long
+SENT_WITH_POLICY = 2  # descriptors: the snapshot and the bindings
 SPARE_FDS = 64  # at most this many descriptors, and at most an eighth, are kept for pipes and orders
 
 
@@ -54,8 +55,11 @@ class Worker:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.loop = Loop()
-        self.gates: dict[str, TcpGate | UdpGate] = {}
-        self.sockets: dict[str, tuple[socket.socket, bool]] = {}  # handed to us, not watched yet
+        self.index = 0
+        # By endpoint and shard: beside its own shard, a worker also serves those of siblings that cannot be started.
+        self.gates: dict[tuple[str, int], TcpGate | UdpGate] = {}
+        self.sockets: dict[tuple[str, int], tuple[socket.socket, bool]] = {}  # handed to us, not watched yet
+        self.short = False  # sockets were on their way to us, and there was no room for them
         self.prepared: Prepared | None = None
         self.in_force: Prepared | None = None
         self.sweeping: list[Session] = []
@@ -128,7 +132,7 @@ class Worker:
         loop.wall_offset = time.time() - now
         counters[WorkerSlot.LOOP_TURNS] = loop.turns
         counters[WorkerSlot.LOOP_STALL_MAX_US] = int(loop.longest_turn_s * 1e6)
-        self.report.report_suppressed()
+        self.report.renew_budgets()
         queued: dict[int, int] = {}
         for gate in self.gates.values():
             block = gate.terms.block
@@ -141,7 +145,10 @@ class Worker:
     def limit_sessions(self) -> None:
         """Work out how many descriptors sessions may hold, so that accepting stops before everything else does."""
         limit = most_descriptors()
-        ours = len(os.listdir("/proc/self/fd")) - self.shared.open_fds
+        try:
+            ours = len(os.listdir("/proc/self/fd")) - self.shared.open_fds
+        except OSError:  # not even one is left to look with; the limit that led here is near enough
+            return
         self.shared.max_fds = limit - ours - min(SPARE_FDS, limit // 8)
 
     # -- orders
@@ -155,6 +162,7 @@ class Worker:
         groups = order["groups"]
         privileges.drop(order["uid"], order["gid"], groups, order["supervisor_pid"])
         counters_fd, events_fd = fds
+        self.index = order["worker"]
         counters = memoryview(mmap.mmap(counters_fd, CAPACITY_BYTES)).cast("B").cast("Q")
         os.close(counters_fd)
         self.report = Reporter(self.loop, counters, socket.socket(fileno=events_fd), order["worker"], order["workers"])
@@ -180,24 +188,36 @@ class Worker:
         self.shared.siblings = views
 
     def take_sockets(self, order: dict[str, Any], fds: list[int]) -> None:
-        """Keep listening sockets until a policy that names them is in force."""
-        for key, exclusive, fd in zip(order["keys"], order["shared"], fds, strict=True):
-            old = self.sockets.pop(key, None)
+        """Keep listening sockets until a policy that names them is in force.
+
+        ``shard`` says whose they are; without it they are our own. Those that did not arrive, because our descriptors
+        are exhausted, are told of when the policy is to be prepared.
+        """
+        shard = order.get("shard", self.index)
+        self.short |= len(fds) < len(order["keys"])
+        for key, exclusive, fd in zip(order["keys"], order["shared"], fds, strict=False):
+            old = self.sockets.pop((key, shard), None)
             if old is not None:
                 old[0].close()
-            self.sockets[key] = (socket.socket(fileno=fd), exclusive)
+            self.sockets[key, shard] = (socket.socket(fileno=fd), exclusive)
 
     def prepare(self, order: dict[str, Any], fds: list[int]) -> None:
         """Map and check a snapshot; say whether it could be put in force."""
-        snapshot_fd, bindings_fd = fds
         generation = order["generation"]
+        short, self.short = self.short, False
+        if short or len(fds) != SENT_WITH_POLICY:
+            for fd in fds:
+                os.close(fd)
+            self.channel.send({"op": "failed", "generation": generation, "error": "too few file descriptors"})
+            return
+        snapshot_fd, bindings_fd = fds
         try:
             # Private and read-only: even this process can not change a verdict by way of its mapping.
             snapshot = Snapshot(mmap.mmap(snapshot_fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
             with open(bindings_fd, "rb", closefd=False) as file:
                 file.seek(0)
                 bindings = Bindings.from_json(file.read())
-        except (GatekeeperError, OSError, ValueError, KeyError) as err:
+        except (GatekeeperError, OSError, ValueError, KeyError, MemoryError) as err:
             self.channel.send({"op": "failed", "generation": generation, "error": f"{type(err).__name__}: {err}"})
             return
         finally:
@@ -214,17 +234,19 @@ class Worker:
         self.prepared, self.in_force = None, prepared
         endpoints = prepared.snapshot.meta["endpoints"]
         wanted = {endpoint["key"]: index for index, endpoint in enumerate(endpoints)}
-        for key in [key for key in self.gates if key not in wanted]:
-            self.gates.pop(key).close()
-        for key, index in wanted.items():
-            gate = self.gates.get(key)
-            if gate is not None:
-                gate.bind_policy(prepared.snapshot, prepared.bindings, index)
-            elif key in self.sockets and self.drain_deadline_s is None:
-                sock, exclusive = self.sockets.pop(key)
-                kind = TcpGate if endpoints[index]["protocol"] == "tcp" else UdpGate
-                self.gates[key] = gate = kind(self.shared, key, sock, exclusive=exclusive)
-                gate.open(prepared.snapshot, prepared.bindings, index)
+        for place in [place for place in self.gates if place[0] not in wanted]:
+            self.gates.pop(place).close()
+        for (key, _shard), gate in self.gates.items():
+            gate.bind_policy(prepared.snapshot, prepared.bindings, wanted[key])
+        for place in [place for place in self.sockets if place[0] in wanted and self.drain_deadline_s is None]:
+            sock, exclusive = self.sockets.pop(place)
+            if place in self.gates:  # we have it already
+                sock.close()
+                continue
+            index = wanted[place[0]]
+            kind = TcpGate if endpoints[index]["protocol"] == "tcp" else UdpGate
+            self.gates[place] = gate = kind(self.shared, place[0], sock, exclusive=exclusive)
+            gate.open(prepared.snapshot, prepared.bindings, index)
         self.limit_sessions()
         self.shared.counters[WorkerSlot.GENERATION] = prepared.generation
         self.channel.send({"op": "committed", "generation": prepared.generation})
@@ -232,16 +254,26 @@ class Worker:
     def abort(self, _order: dict[str, Any], _fds: list[int]) -> None:
         """Forget what was prepared, and the sockets that only it would have needed."""
         self.prepared = None
+        self.short = False
         for sock, _exclusive in self.sockets.values():
             sock.close()
         self.sockets.clear()
 
+    def relieve(self, order: dict[str, Any], _fds: list[int]) -> None:
+        """Leave a sibling's shard to its own worker, which serves again. TCP sessions that we took there stay ours."""
+        shard = order["shard"]
+        for place in [place for place in self.sockets if place[1] == shard]:
+            self.sockets.pop(place)[0].close()
+        for place in [place for place in self.gates if place[1] == shard]:
+            self.gates.pop(place).close()
+        self.limit_sessions()
+
     def drain(self, order: dict[str, Any], _fds: list[int]) -> None:
         """Accept no more; let sessions end by themselves until the deadline."""
         self.drain_deadline_s = self.loop.now + order["deadline_s"]
-        for key, gate in list(self.gates.items()):
+        for place, gate in list(self.gates.items()):
             if isinstance(gate, TcpGate):
-                del self.gates[key]
+                del self.gates[place]
                 gate.close()
             else:
                 gate.drain()
@@ -255,7 +287,7 @@ class Worker:
         left = len(sessions)
         for session in list(sessions.values()):
             session.finish(End.DRAINED)
-        self.report.report_suppressed()
+        self.report.renew_budgets()
         self.report.flush()
         self.channel.send({"op": "drained", "sessions": left})
         self.running = False
@@ -268,6 +300,7 @@ ORDERS = {
     "prepare": Worker.prepare,
     "commit": Worker.commit,
     "abort": Worker.abort,
+    "relieve": Worker.relieve,
     "drain": Worker.drain,
 }
 

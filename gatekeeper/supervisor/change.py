@@ -28,7 +28,6 @@ class Change:
     def __init__(
         self,
         loop: Loop,
-        old: Accepted,
         new: Accepted,
         workers: list[Worker],
         committing: Callable[[], None],
@@ -36,7 +35,6 @@ class Change:
     ) -> None:
         self.new = new
         self.committed = False
-        self._old = old
         self._workers = workers
         self._missing = set(workers)
         self._committing = committing
@@ -82,7 +80,7 @@ class Change:
     def abort(self, why: str) -> None:
         """Take everything back. Only before the commit."""
         for worker in self._workers:
-            worker.abort(self.new.generation, self._old)
+            worker.abort(self.new.generation)
         self._finish(why)
 
     def _go_on(self) -> None:

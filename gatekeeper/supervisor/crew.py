@@ -27,6 +27,9 @@ START_PATIENCE_S = 30.0  # for a process to load and turn for the first time
 OBSERVER_PATIENCE = 3  # times as long as a worker's, for the observer to read what it was sent
 OBSERVER_LEAVES_S = 5.0
 KILL_AFTER_S = 5.0  # past the drain deadline
+MOST_SESSIONS = 1 << 32  # of one worker; it says so itself
+ABSENT_PATIENCE_S = 1.0  # a successor is usually there by then; what arrives meanwhile waits in the kernel's queues
+FULL_FOR_S = 10.0  # a worker without room for a sibling's sockets is not asked again before
 STARTS_BEFORE_GIVING_UP = 3  # of a worker that never served
 
 
@@ -141,7 +144,7 @@ class Crew:
             self._introduce(worker)
         elif op == "drained":
             left = message.get("sessions")
-            self.cut += left if isinstance(left, int) else 0
+            self.cut += min(max(left, 0), MOST_SESSIONS) if isinstance(left, int) else 0
         elif change is not None and generation == change.new.generation:
             if op == "prepared":
                 change.prepared(worker)
@@ -161,16 +164,21 @@ class Crew:
                 worker.state = State.COMMITTING
                 worker.commit(self.policy)
             else:
-                worker.abort(worker.offered, self.policy)
+                worker.abort(worker.offered)
                 self._offer(worker)
         elif op == "committed" and worker.state is State.COMMITTING:
             worker.state = State.SERVING
             worker.generation = worker.offered
+            worker.absent_since = None
             if current:
                 self._arrived()
+                self._share_shards()
             else:
                 self._offer(worker)
         elif op == "failed" and worker.state is State.PREPARING and worker.child is not None:
+            if current and worker.generation == self.policy.generation:
+                self._cannot_cover(worker, error)
+                return
             text = f"worker {worker.index} refused the policy: {printable(error)}"
             if not self._served:
                 self.gave_up(text)
@@ -190,6 +198,37 @@ class Crew:
                 one.siblings(counters)
             if one.state is State.READY:
                 self._offer(one)
+
+    def _share_shards(self) -> None:
+        """Let siblings serve the shards of workers that are absent for too long, until these are back.
+
+        A sibling is offered the policy in force once more, with the sockets of those shards beside its own.
+        """
+        if not self._served or self._leaving or self.change is not None:
+            return
+        now = time.monotonic()
+        covered = {shard: one for one in self.workers for shard in one.covers}
+        for worker in self.workers:
+            if worker.absent_since is None:
+                if worker.index in covered:
+                    covered[worker.index].relieve(worker.index)
+                    self._log.info(f"worker {worker.index} serves its sources again")
+            elif worker.index not in covered and now - worker.absent_since >= ABSENT_PATIENCE_S:
+                able = [one for one in self.those_serving() if one.full_until <= now]
+                if able:
+                    sibling = min(able, key=lambda one: (len(one.covers), one.index))
+                    sibling.covers.add(worker.index)
+                    self._log.warning(f"worker {sibling.index} serves the sources of worker {worker.index} meanwhile")
+                    self._offer(sibling)
+
+    def _cannot_cover(self, worker: Worker, error: str) -> None:
+        """Let a worker that has no room for more sockets serve its own, as before."""
+        self._log.warning(f"worker {worker.index} cannot serve the sources of others: {printable(error)}")
+        worker.abort(worker.offered)
+        for shard in sorted(worker.covers):
+            worker.relieve(shard)
+        worker.state = State.SERVING
+        worker.full_until = time.monotonic() + FULL_FOR_S
 
     def _offer(self, worker: Worker) -> None:
         if self.policy is not None and not self._leaving:
@@ -232,6 +271,7 @@ class Crew:
             self.gave_up(f"worker {worker.index} cannot start: it {ended}")
             return
         worker.restarts += 1
+        self._loop.later(ABSENT_PATIENCE_S, self._share_shards)
         self._log.warning(f"worker {worker.index} (pid {pid}) {ended}; starting another{_in(delay_s)}")
         self._loop.later(delay_s, lambda: self._start_worker(worker))
         if self.change is not None:
@@ -247,6 +287,7 @@ class Crew:
         if not paused:
             for worker in self.workers:
                 self._check(worker, now)
+            self._share_shards()
         self._check_observer(now, paused=paused)
         self._ticks += 1
         if self._ticks % STATE_EVERY_TICKS == 0:

@@ -240,7 +240,7 @@ class Supervisor:
                 crew.bring_up_to_date()
             self._reloaded_or_not(failure)
 
-        crew.change = Change(self._loop, old, new, crew.those_serving(), committing, done)
+        crew.change = Change(self._loop, new, crew.those_serving(), committing, done)
         crew.change.begin()
 
     def _reloaded_or_not(self, failure: str | None, detail: str = "") -> None:

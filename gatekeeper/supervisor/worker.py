@@ -24,7 +24,6 @@ from gatekeeper.snapshot.counters import (
     ListenerSlot,
     WorkerSlot,
 )
-from gatekeeper.snapshot.layout import LOW64
 from gatekeeper.supervisor.child import Child
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ _SLOT_BYTES = 8
 _SETTLED_S = 10.0  # a process that lived this long did not die of its start
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 5.0
+_MOST_COUNTED = 1 << 62  # more than anybody counts in a lifetime, and room to go on counting
 
 
 class State(enum.Enum):
@@ -88,7 +88,11 @@ class Worker:
         self.counters_fd: int | None = None  # of the latest process that was ready; nobody else can write it
         self._fresh_fd: int | None = None  # of a process that is starting
         self._heartbeat: mmap.mmap | None = None
-        self._has: dict[str, Opened] = {}  # the sockets it was given
+        self.absent_since: float | None = None  # nobody serves here
+        self.covers: set[int] = set()  # absent siblings whose shards it serves beside its own
+        self.full_until = 0.0  # it found no room for a sibling's shards
+        self._has: dict[tuple[str, int], Opened] = {}  # the sockets it serves, by endpoint and shard
+        self._given: dict[tuple[str, int], Opened] = {}  # those it got for a policy that is not in force there yet
         self._loop = loop
         self._command = command
         self._identity = identity
@@ -114,6 +118,8 @@ class Worker:
             os.pwrite(self._fresh_fd, _inheritance(self.counters_fd, bindings), 0)
         self._heartbeat = mmap.mmap(self._fresh_fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)
         self._has = {}
+        self._given = {}
+        self.covers = set()
         self.offered = 0
         self.child = Child(self._loop, self._command, lambda message: on_message(self, message))
         self.state = State.STARTING
@@ -141,17 +147,8 @@ class Worker:
         """Give it the sockets of a policy that it lacks, and the policy; it answers prepared or failed."""
         if self.child is None:
             return
-        missing = [
-            (key, sock, opened)
-            for key, opened in policy.opened.items()
-            if self._has.get(key) is not opened and (sock := opened.for_worker(self.index)) is not None
-        ]
-        self._has.update((key, opened) for key, _sock, opened in missing)
-        self.child.send_many(
-            {"op": "listen"},
-            {"keys": [key for key, _, _ in missing], "shared": [opened.shared for _, _, opened in missing]},
-            [sock.fileno() for _, sock, _ in missing],
-        )
+        for shard in (self.index, *sorted(self.covers)):
+            self._hand_over(self.child, policy, shard)
         try:
             with policy.fds() as fds:
                 self.child.send({"op": "prepare", "generation": policy.generation}, fds)
@@ -159,17 +156,39 @@ class Worker:
             self.child.kill()  # out of descriptors or memory: by the time of its successor there may be some
         self.offered = policy.generation
 
+    def _hand_over(self, child: Child, policy: Accepted, shard: int) -> None:
+        """Give it those sockets of a shard that it lacks. What all workers share it has already."""
+        missing = [
+            (key, sock, opened)
+            for key, opened in policy.opened.items()
+            if self._given.get((key, shard), self._has.get((key, shard))) is not opened
+            and (sock := opened.for_worker(shard)) is not None
+            and (shard == self.index or not opened.shared)
+        ]
+        self._given.update(((key, shard), opened) for key, _sock, opened in missing)
+        child.send_many(
+            {"op": "listen", "shard": shard},
+            {"keys": [key for key, _, _ in missing], "shared": [opened.shared for _, _, opened in missing]},
+            [sock.fileno() for _, sock, _ in missing],
+        )
+
+    def relieve(self, shard: int) -> None:
+        """Let it leave a sibling's shard to the sibling, who is back."""
+        self.covers.discard(shard)
+        self._has = {place: opened for place, opened in self._has.items() if place[1] != shard}
+        self._given = {place: opened for place, opened in self._given.items() if place[1] != shard}
+        self._tell({"op": "relieve", "shard": shard})
+
     def commit(self, policy: Accepted) -> None:
         """Put the policy it prepared in force there; sockets that it has no endpoint for are closed there."""
-        self._keep(policy)
+        now = self._has | self._given
+        self._has = {place: opened for place, opened in now.items() if policy.opened.get(place[0]) is opened}
+        self._given = {}
         self._tell({"op": "commit", "generation": policy.generation})
 
-    def abort(self, generation: int, policy: Accepted) -> None:
-        """Take an offer back; ``policy`` stays in force. What it does not serve yet it will be given anew."""
-        if self.generation:
-            self._keep(policy)
-        else:
-            self._has = {}
+    def abort(self, generation: int) -> None:
+        """Take an offer back. What it does not serve yet it will be given anew."""
+        self._given = {}
         self._tell({"op": "abort", "generation": generation})
 
     def siblings(self, counters: list[int]) -> None:
@@ -197,6 +216,9 @@ class Worker:
         self.child = None
         self.state = State.DOWN
         self.generation = 0
+        self.covers = set()
+        if self.absent_since is None:
+            self.absent_since = time.monotonic()
         if self._fresh_fd is not None:
             os.close(self._fresh_fd)
             self._fresh_fd = None
@@ -214,23 +236,27 @@ class Worker:
             os.close(self.counters_fd)
             self.counters_fd = None
 
-    def _keep(self, policy: Accepted) -> None:
-        self._has = {key: opened for key, opened in self._has.items() if policy.opened.get(key) is opened}
-
     def _tell(self, message: dict[str, Any]) -> None:
         if self.child is not None:
             self.child.send(message)
 
 
 def _inheritance(counters_fd: int, bindings: Bindings) -> bytes:
-    """Return the slots a successor begins with: all that was counted; what was live has ended, and gauges are zero."""
+    """Return the slots a successor begins with: all that was counted; what was live has ended, and gauges are zero.
+
+    Numbers that were not counted, but written by a worker that somebody had taken over, would end every session of the
+    successor with an overflow: there it starts from zero.
+    """
     slots = memoryview(bytearray(os.pread(counters_fd, bindings.next_slot * _SLOT_BYTES, 0))).cast("Q")
+    if max(slots) > _MOST_COUNTED:
+        for slot, value in enumerate(slots):
+            slots[slot] = value if value <= _MOST_COUNTED else 0
     for slot in (WorkerSlot.HEARTBEAT_MS, WorkerSlot.GENERATION, WorkerSlot.LOOP_STALL_MAX_US):
         slots[slot] = 0
     for first in bindings.listeners.values():
         died = slots[first + ListenerSlot.SESSIONS_OPENED] - slots[first + ListenerSlot.SESSIONS_CLOSED]
         slots[first + ListenerSlot.SESSIONS_CLOSED] = slots[first + ListenerSlot.SESSIONS_OPENED]
         errors = first + ListenerSlot.ENDS + End.ERROR
-        slots[errors] = (slots[errors] + max(died, 0)) & LOW64
+        slots[errors] += max(died, 0)
         slots[first + ListenerSlot.ACCEPT_QUEUE] = 0
     return slots.tobytes()

@@ -13,7 +13,6 @@ from gatekeeper.supervisor.accepted import Accepted
 from gatekeeper.supervisor.change import Change
 from gatekeeper.supervisor.loop import Loop
 
-OLD = Accepted(1, {}, Bindings(), b"", -1, {})
 NEW = Accepted(2, {}, Bindings(), b"", -1, {})
 
 
@@ -33,8 +32,8 @@ class Recorder:
     def commit(self, policy: Accepted) -> None:
         self._log.append(f"commit {policy.generation} in {self.index}")
 
-    def abort(self, generation: int, policy: Accepted) -> None:
-        self._log.append(f"abort {generation} in {self.index}, back to {policy.generation}")
+    def abort(self, generation: int) -> None:
+        self._log.append(f"abort {generation} in {self.index}")
 
 
 class Attempt:
@@ -45,7 +44,7 @@ class Attempt:
         self.loop = loop
         self.workers: list[Any] = [Recorder(index, self.log) for index in range(workers)]
         self.change = Change(
-            loop, OLD, NEW, list(self.workers), lambda: self.log.append("committing"), lambda why: self.log.append(f"done: {why}")
+            loop, NEW, list(self.workers), lambda: self.log.append("committing"), lambda why: self.log.append(f"done: {why}")
         )
         self.change.begin()
 
@@ -88,7 +87,7 @@ def test_one_refuses(loop: Loop) -> None:
     attempt.news()
     attempt.change.refused(two, "no\nway")
     assert attempt.news() == [
-        "abort 2 in 0, back to 1", "abort 2 in 1, back to 1", "done: worker 1 refused the policy: no?way"
+        "abort 2 in 0", "abort 2 in 1", "done: worker 1 refused the policy: no?way"
     ]  # fmt: skip
 
 
@@ -97,7 +96,7 @@ def test_one_dies_before_the_commit(loop: Loop) -> None:
     attempt = Attempt(loop, 2)
     attempt.news()
     attempt.change.lost(attempt.workers[0])
-    assert attempt.news() == ["abort 2 in 1, back to 1", "done: worker 0 ended while it prepared the policy"]
+    assert attempt.news() == ["abort 2 in 1", "done: worker 0 ended while it prepared the policy"]
 
 
 def test_one_dies_after_the_commit(loop: Loop) -> None:
