@@ -156,11 +156,14 @@ class Gate:
         closed = self.terms.block + ListenerSlot.SESSIONS_CLOSED
         return sum(view[opened] - view[closed] for view in self.shared.siblings) < limit
 
-    def refuse(self, word: int, source: tuple[int, bytes, int], destination: tuple[bytes, int]) -> None:
-        """Count and report a refusal: by the verdict itself, or by ``max_sessions`` when the verdict would allow."""
+    def refuse(self, word: int) -> int:
+        """Count a refusal: by the verdict itself, or by ``max_sessions`` when the verdict would allow.
+
+        Return the slot it was counted in if the audit log is to have it, else 0.
+        """
         slot = self.over_slot if word & ACTION_MASK == ALLOW else self.slots[word >> DETAIL_SHIFT]
         self.shared.counters[slot] += 1
-        self.shared.report.refusal(slot, self.terms.number, source, destination)
+        return slot if self.shared.report.affords(slot, self.terms.number) else 0
 
     def may_open(self, descriptors: int) -> bool:
         """Say whether the process can afford another session."""

@@ -83,8 +83,8 @@ class Leg:
             if self.ended:
                 if mask & ERROR:  # it had ended, and now it is gone altogether
                     self.session.lose(self)
-                elif not mask & WRITE and self.interest != EDGE:  # a unix peer that closed; whether we mind shows when we write to it
-                    self.watch(UNWATCHED)
+                elif not mask & WRITE and self.interest != EDGE:
+                    self.watch(UNWATCHED)  # a unix peer that closed; whether we mind shows when we write to it
                 return
         if self.pending is None and not self.piped and not self.ended:
             self.pull(mask)

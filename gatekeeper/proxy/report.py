@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from gatekeeper.proxy.loop import Loop
 
 # A rule's refusals reach the audit log one by one up to this; beyond it they are counted. Per verdict and worker.
-REFUSALS_PER_S = 10.0
-REFUSALS_BURST = 50.0
+REFUSALS_PER_S = 10
+REFUSALS_BURST = 50
 
 FLUSH_S = 0.1  # records wait at most this long, so that one system call carries many
 NO_ADDRESS = bytes(16)
@@ -35,7 +35,7 @@ class Reporter:
         self.batch: list[bytes] = []
         self.sessions_in_batch = 0
         self.flush_due_s = 0.0
-        self.budgets: dict[int, list[float]] = {}  # slot -> [tokens, time of last refill]
+        self.budgets: dict[int, int] = {}  # slot -> refusals that may still be reported; missing: the whole burst
         self.suppressed: dict[tuple[int, int], int] = {}  # (slot, endpoint) -> refusals left out
         # 53 bits, because JSON readers keep no more; unique across restarts that are a second apart
         self.next_flow_id = (int(loop.wall_offset + loop.now) << 22) + worker
@@ -58,32 +58,23 @@ class Reporter:
             )
         )  # fmt: skip
 
-    def refusal(
-        self,
-        slot: int,
-        endpoint: int,
-        source: tuple[int, bytes, int],
-        destination: tuple[bytes, int],
-        end: End = End.REFUSED,
-    ) -> None:
-        """Report a refusal, or count it when the budget of its verdict is used up."""
-        now = self.loop.now
-        budget = self.budgets.get(slot)
-        if budget is None:
-            budget = self.budgets[slot] = [REFUSALS_BURST, now]
-        tokens = budget[0] + (now - budget[1]) * REFUSALS_PER_S
-        budget[1] = now
-        if tokens < 1.0:
-            budget[0] = tokens
-            key = (slot, endpoint)
-            self.suppressed[key] = self.suppressed.get(key, 0) + 1
-            return
-        budget[0] = (tokens if tokens < REFUSALS_BURST else REFUSALS_BURST) - 1.0
+    def affords(self, slot: int, endpoint: int) -> bool:
+        """Say whether a refusal is to be reported, and take it from the budget of its verdict; else count it as left out."""
+        left = self.budgets.get(slot, REFUSALS_BURST)
+        if left:
+            self.budgets[slot] = left - 1
+            return True
+        key = (slot, endpoint)
+        self.suppressed[key] = self.suppressed.get(key, 0) + 1
+        return False
+
+    def refusal(self, slot: int, endpoint: int, source: tuple[int, bytes, int], destination: tuple[bytes, int]) -> None:
+        """Report a refusal."""
         family, address, port = source
         self._add(
             RECORD.pack(
-                REFUSAL, end, family, slot, endpoint, port, destination[1], self.flow_id(), now + self.loop.wall_offset,
-                0.0, 0, 0, address, destination[0],
+                REFUSAL, End.REFUSED, family, slot, endpoint, port, destination[1], self.flow_id(),
+                self.loop.now + self.loop.wall_offset, 0.0, 0, 0, address, destination[0],
             )
         )  # fmt: skip
 
@@ -95,8 +86,11 @@ class Reporter:
         if len(batch) >= MAX_RECORDS:
             self.flush()
 
-    def report_suppressed(self) -> None:
-        """Report how many refusals the budgets left out since the last time."""
+    def renew_budgets(self) -> None:
+        """Once a second: report how many refusals were left out, and fill the budgets up."""
+        self.budgets = {
+            slot: left + REFUSALS_PER_S for slot, left in self.budgets.items() if left + REFUSALS_PER_S < REFUSALS_BURST
+        }
         now = self.loop.now + self.loop.wall_offset
         suppressed, self.suppressed = self.suppressed, {}
         for (slot, endpoint), count in suppressed.items():

@@ -28,6 +28,7 @@ from gatekeeper.snapshot.counters import DIAL_BOUNDS_S, End, ListenerSlot
 if TYPE_CHECKING:
     from gatekeeper.proxy.gate import Gate
 
+LINGER_DEFAULT = struct.pack("ii", 0, 0)  # deliver in the background, then FIN
 LINGER_RESET = struct.pack("ii", 1, 0)  # close at once, with a reset
 DELIVERY_TIMEOUT_S = 5.0  # how long a reset waits for the data ahead of it
 DELIVERY_ROUNDS = 64  # chunks moved in one turn

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gatekeeper.proxy.accounts import SocketDrops
 from gatekeeper.proxy.gate import ALLOW, DROP, Gate, Shared, unmapped
 from gatekeeper.proxy.loop import READ, say
-from gatekeeper.proxy.session import LINGER_RESET, TcpSession
+from gatekeeper.proxy.session import LINGER_DEFAULT, LINGER_RESET, TcpSession
 from gatekeeper.snapshot.counters import ListenerSlot, WorkerSlot
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT
 
@@ -29,6 +29,11 @@ FDS_PER_SESSION = 2
 PAUSE_S = 0.1
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
+# Refusals a second from which on accepted sockets are made to inherit "close with a reset", which saves half of the
+# system calls of a refusal and costs one more for whoever is allowed; and how few end that.
+FLOOD_BEGINS = 100
+FLOOD_ENDS = 20
+
 TCP_INFO_QUEUE = slice(24, 28)  # struct tcp_info: tcpi_unacked, which is the queue's length for a listening socket
 TCP_INFO_BYTES = 32
 
@@ -41,12 +46,18 @@ class TcpGate(Gate):
         self.batch = 1
         self.paused = False
         self.paused_until_s = 0.0
+        self.refused = 0  # since the last `measure`
+        self.flooded = False  # sockets that complete now inherit LINGER_RESET
+        self.mixed = False  # some that are still queued completed before `flooded` changed
         self.drops = SocketDrops(sock)
 
     def open(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
         """Start to accept under this policy."""
         self.bind_policy(snapshot, bindings, index)
         self.sock.setblocking(False)
+        if not self.exclusive:  # a predecessor may have died in a flood
+            self.mixed = True
+            set_linger(self.sock.fileno(), LINGER_DEFAULT)
         self.watch()
 
     def watch(self) -> None:
@@ -75,6 +86,7 @@ class TcpGate(Gate):
                 fd, peer = take()
             except BlockingIOError:
                 self.batch = taken or 1
+                self.mixed = False
                 return
             except OSError as err:
                 if err.errno in EXHAUSTED:
@@ -90,34 +102,33 @@ class TcpGate(Gate):
         terms = self.terms
         if terms.destination[1]:
             word, family, packed = self.judge(peer[0])
-            source = (family, packed, peer[1])
+            port = peer[1]
         else:
             word, family, packed = self.judge_local()
-            source = (family, packed, 0)
-        destination = terms.destination if not terms.wildcard else local_address(fd)
+            port = 0
         if word & ACTION_MASK == ALLOW and (terms.max_sessions is None or self.has_room()):
             slot = self.slots[word >> DETAIL_SHIFT]
             self.shared.counters[slot] += 1
             os.set_blocking(fd, False)
-            session = TcpSession(self, fd, slot, source, destination)
+            if self.flooded or self.mixed:
+                set_linger(fd, LINGER_DEFAULT)
+            destination = local_address(fd) if terms.wildcard else terms.destination
+            session = TcpSession(self, fd, slot, (family, packed, port), destination)
             try:
                 session.dial()
             except Exception:  # noqa: BLE001 - the loop's promise: a session's fault is its own
                 self.shared.loop.give_up(session)
-        else:
-            self.refuse(word, source, destination)
-            self.turn_away(fd, family, silently=word & ACTION_MASK == DROP)
-
-    @staticmethod
-    def turn_away(fd: int, family: int, *, silently: bool) -> None:
-        """End a refused connection with a reset; ``silently`` lets the reset die at the first router."""
-        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0, fd)
-        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, LINGER_RESET)
-        if silently and family == 4:
-            sock.setsockopt(_socket.IPPROTO_IP, _socket.IP_TTL, 1)
-        elif silently and family == 6:
-            sock.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_UNICAST_HOPS, 1)
-        sock.close()
+            return
+        self.refused += 1
+        slot = self.refuse(word)
+        if slot:
+            destination = local_address(fd) if terms.wildcard else terms.destination
+            self.shared.report.refusal(slot, terms.number, (family, packed, port), destination)
+        if word & ACTION_MASK == DROP:
+            hide(fd, family)
+        if self.mixed or not self.flooded:
+            set_linger(fd, LINGER_RESET)
+        os.close(fd)
 
     def pause(self, why: str) -> None:
         """Stop accepting for a moment."""
@@ -144,8 +155,19 @@ class TcpGate(Gate):
             shared.starved = False
             say(f"{self.key}: accepting again")
 
+    def adapt(self) -> None:
+        """Once a second: be quick at whatever there is more of, refusals or sessions."""
+        refused, self.refused = self.refused, 0
+        if self.exclusive:  # others accept from this very socket, and would not know what they inherit
+            return
+        if refused < FLOOD_ENDS if self.flooded else refused >= FLOOD_BEGINS:
+            self.flooded = not self.flooded
+            self.mixed = True
+            set_linger(self.sock.fileno(), LINGER_RESET if self.flooded else LINGER_DEFAULT)
+
     def measure(self) -> int:
-        """Account for the kernel's queue drops and return the queue's length."""
+        """Account for the kernel's queue drops and return the queue's length. Called once a second."""
+        self.adapt()
         self.shared.counters[self.terms.block + ListenerSlot.ACCEPT_OVERFLOWS] += self.drops.new()
         if not self.terms.destination[1]:
             return 0  # unix sockets do not tell
@@ -162,6 +184,24 @@ class TcpGate(Gate):
         self.shared.due.pop(self.sock.fileno(), None)
         self.shared.loop.unwatch(self.sock.fileno())
         self.sock.close()
+
+
+def set_linger(fd: int, value: bytes) -> None:
+    """Choose how a descriptor is closed; one whose connection is gone already does not mind."""
+    sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0, fd)
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, value)
+    sock.detach()
+
+
+def hide(fd: int, family: int) -> None:
+    """Let whatever is sent from now on die at the first router."""
+    if family:
+        level, option = (
+            (_socket.IPPROTO_IP, _socket.IP_TTL) if family == 4 else (_socket.IPPROTO_IPV6, _socket.IPV6_UNICAST_HOPS)
+        )
+        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0, fd)
+        sock.setsockopt(level, option, 1)
+        sock.detach()
 
 
 def local_address(fd: int) -> tuple[bytes, int]:

@@ -98,7 +98,9 @@ class UdpGate(Gate):
         source = (family, packed, peer[1])
         destination = terms.destination if local is None else (local, terms.destination[1])
         if word & ACTION_MASK != ALLOW or (terms.max_sessions is not None and not self.has_room()):
-            self.refuse(word, source, destination)
+            reported = self.refuse(word)
+            if reported:
+                self.shared.report.refusal(reported, terms.number, source, destination)
             return None
         shared = self.shared
         slot = self.slots[word >> DETAIL_SHIFT]

@@ -436,6 +436,45 @@ def test_max_sessions_refuses_new_ones_and_evicts_nobody() -> None:
         bed.close()
 
 
+def test_a_flood_of_refusals_changes_nothing_for_those_who_are_allowed() -> None:
+    """While sockets inherit "close with a reset", refusals are still resets and sessions still end with all their data."""
+    server = socket.create_server(("127.0.0.1", 0))
+    sock, endpoint = listen()
+    address = (endpoint.host, endpoint.port)
+    rules = [rule("no", Action.DENY, sources("127.0.0.2")), ALLOW_ALL]
+    with (
+        server,
+        sock.dup() as watched,
+        Rig([listener("web", backend_of(server), endpoint)], rules, {endpoint.key: sock}),
+    ):
+
+        def inherits_resets() -> bool:
+            return watched.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == struct.pack("ii", 1, 0)
+
+        def flooded() -> bool:
+            for _ in range(150):
+                turned_away(address, "127.0.0.2")
+            return inherits_resets()
+
+        def answered_in_full() -> None:
+            pair = Pair(address, server)
+            pair.client.shutdown(socket.SHUT_WR)
+            assert pair.backend.recv(10) == b""
+            pair.backend.sendall(b"z" * MIB)
+            pair.backend.close()
+            assert len(read_all(pair.client)) == MIB
+            pair.close()
+
+        answered_in_full()
+        until(flooded, "the flood is noticed")
+        for _ in range(3):
+            answered_in_full()
+            turned_away(address, "127.0.0.2")
+        until(lambda: not inherits_resets(), "the flood has passed")
+        answered_in_full()
+        turned_away(address, "127.0.0.2")
+
+
 def test_refusals_beyond_the_budget_are_counted_and_summed_up(tcp_bed: Bed) -> None:
     """A flood of refusals is counted to the last one, while the log gets some and the number of the others."""
     tcp_bed.rig.apply([tcp_bed.listener], [rule("no", Action.DENY)])
