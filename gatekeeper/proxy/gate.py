@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gatekeeper.policy.model import Action
+from gatekeeper.proxy.loop import Failing, Loop
 from gatekeeper.snapshot.counters import ListenerSlot
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT, LOCAL_CLASS, LOW64
 
 if TYPE_CHECKING:
-    from gatekeeper.proxy.loop import Loop
     from gatekeeper.proxy.pipes import PipePool
     from gatekeeper.proxy.report import Reporter
     from gatekeeper.snapshot.bindings import Bindings
@@ -28,7 +28,7 @@ MAPPED = b"\0" * 10 + b"\xff\xff"
 EPHEMERAL_PORTS = "/proc/sys/net/ipv4/ip_local_port_range"
 
 
-class Session(Protocol):
+class Session(Failing, Protocol):
     """A TCP connection or UDP flow, as the worker sees it."""
 
     def sweep(self, now: float) -> None:
@@ -38,7 +38,7 @@ class Session(Protocol):
         """End the session at once: release everything, count, report."""
 
 
-class Due(Protocol):
+class Due(Failing, Protocol):
     """Something that waits for a moment rather than for a descriptor."""
 
     def check(self, now: float) -> None:
@@ -106,11 +106,12 @@ class Gate:
 
     terms: Terms
 
-    def __init__(self, shared: Shared, key: str, sock: socket.socket, *, exclusive: bool) -> None:
+    def __init__(self, shared: Shared, key: str, sock: socket.socket, *, exclusive: bool, own: bool) -> None:
         self.shared = shared
         self.key = key
         self.sock = sock
         self.exclusive = exclusive  # other workers hold this very socket too
+        self.own = own  # not one of a worker that cannot be started
 
     def bind_policy(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
         """Judge as endpoint ``index`` of this snapshot from now on."""

@@ -310,6 +310,10 @@ class Retry:
         del session.gate.shared.due[session.client.fd]
         session.connect(session.backend.socket())
 
+    def fail(self) -> None:
+        """See `Failing.fail`."""
+        self.session.fail()
+
 
 class Delivery:
     """The last duty of a session one of whose legs was reset: bring over what had arrived before, then reset the other."""

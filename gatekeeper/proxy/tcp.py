@@ -41,8 +41,8 @@ TCP_INFO_BYTES = 32
 class TcpGate(Gate):
     """Accepts connections at one endpoint. Watched from `open` to `close`."""
 
-    def __init__(self, shared: Shared, key: str, sock: socket.socket, *, exclusive: bool) -> None:
-        super().__init__(shared, key, sock, exclusive=exclusive)
+    def __init__(self, shared: Shared, key: str, sock: socket.socket, *, exclusive: bool, own: bool) -> None:
+        super().__init__(shared, key, sock, exclusive=exclusive, own=own)
         self.batch = 1
         self.paused = False
         self.paused_until_s = 0.0
@@ -158,7 +158,7 @@ class TcpGate(Gate):
     def adapt(self) -> None:
         """Once a second: be quick at whatever there is more of, refusals or sessions."""
         refused, self.refused = self.refused, 0
-        if self.exclusive:  # others accept from this very socket, and would not know what they inherit
+        if self.exclusive or not self.own:  # another worker accepts from this very socket, now or soon
             return
         if refused < FLOOD_ENDS if self.flooded else refused >= FLOOD_BEGINS:
             self.flooded = not self.flooded

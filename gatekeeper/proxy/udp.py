@@ -40,8 +40,8 @@ PKTINFO_V6 = struct.Struct("=16si")
 class UdpGate(Gate):
     """Receives datagrams at one endpoint. Watched from `open` to `close`."""
 
-    def __init__(self, shared: Shared, key: str, sock: socket.socket, *, exclusive: bool) -> None:
-        super().__init__(shared, key, sock, exclusive=exclusive)
+    def __init__(self, shared: Shared, key: str, sock: socket.socket, *, exclusive: bool, own: bool) -> None:
+        super().__init__(shared, key, sock, exclusive=exclusive, own=own)
         self.batch = 1
         self.draining = False
         self.flows: dict[Any, UdpSession] = {}

@@ -113,12 +113,18 @@ class Worker:
         shared.counters[WorkerSlot.HEARTBEAT_MS] = int(now * 1000)
         if shared.due:
             for waiting in list(shared.due.values()):
-                waiting.check(now)
+                try:
+                    waiting.check(now)
+                except Exception:  # noqa: BLE001 - the loop's promise holds here, too
+                    self.loop.give_up(waiting)
         if self.report.batch and now >= self.report.flush_due_s:
             self.report.flush()
         if self.sweeping:
             for session in self.sweeping[-SWEPT_PER_TICK:]:
-                session.sweep(now)
+                try:
+                    session.sweep(now)
+                except Exception:  # noqa: BLE001 - as above
+                    self.loop.give_up(session)
             del self.sweeping[-SWEPT_PER_TICK:]
         if now >= self.next_housekeeping_s:
             self.next_housekeeping_s = now + HOUSEKEEPING_S
@@ -213,10 +219,8 @@ class Worker:
         snapshot_fd, bindings_fd = fds
         try:
             # Private and read-only: even this process can not change a verdict by way of its mapping.
-            snapshot = Snapshot(mmap.mmap(snapshot_fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
-            with open(bindings_fd, "rb", closefd=False) as file:
-                file.seek(0)
-                bindings = Bindings.from_json(file.read())
+            snapshot = Snapshot(memoryview(mmap.mmap(snapshot_fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)))
+            bindings = Bindings.from_json(os.pread(bindings_fd, os.fstat(bindings_fd).st_size, 0))
         except (GatekeeperError, OSError, ValueError, KeyError, MemoryError) as err:
             self.channel.send({"op": "failed", "generation": generation, "error": f"{type(err).__name__}: {err}"})
             return
@@ -245,7 +249,9 @@ class Worker:
                 continue
             index = wanted[place[0]]
             kind = TcpGate if endpoints[index]["protocol"] == "tcp" else UdpGate
-            self.gates[place] = gate = kind(self.shared, place[0], sock, exclusive=exclusive)
+            self.gates[place] = gate = kind(
+                self.shared, place[0], sock, exclusive=exclusive, own=place[1] == self.index
+            )
             gate.open(prepared.snapshot, prepared.bindings, index)
         self.limit_sessions()
         self.shared.counters[WorkerSlot.GENERATION] = prepared.generation

@@ -132,7 +132,7 @@ class Rig:
         policy = Policy(tuple(listeners), tuple(rules), default, PLACE)
         snapshot_fd = memfd.create("snapshot")
         encode.write(Config(policy, Settings(workers=1), "0" * 64), snapshot_fd)
-        snapshot = Snapshot(mmap.mmap(snapshot_fd, 0, prot=mmap.PROT_READ))
+        snapshot = Snapshot(memoryview(mmap.mmap(snapshot_fd, 0, prot=mmap.PROT_READ)))
         self.bindings = self.bindings.bind(self.bindings.generation + 1, snapshot.meta)
         bindings_fd = memfd.from_bytes("bindings", self.bindings.to_json())
         if self.sockets:
