@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from gatekeeper.cli import probes
 from gatekeeper.cli.probes import State
 from tests.cli.program import gatekeeper
+from tests.support.plain_user import plain_user
 
 
 def test_every_finding_says_why_and_how_to_mend_it() -> None:
@@ -52,20 +53,19 @@ def test_colour_is_for_terminals_without_no_color(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.needs_root
 @pytest.mark.needs("setpriv")
-def test_without_privileges_only_high_ports_are_promised() -> None:
+def test_without_privileges_only_high_ports_are_promised(folder: Path) -> None:
     """An ordinary user is told from which port on it may listen, and what to do about the others."""
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+    user = plain_user(folder)
     code = (
         "import sys; from gatekeeper.cli.main import main;"
         "sys.exit(main(['doctor', '--json'], sys.stdin, sys.stdout, sys.stderr))"
     )
     done = subprocess.run(
-        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=50,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        [*user.prefix, user.python, "-c", code], capture_output=True, text=True, timeout=50, cwd="/",
+        env=os.environ | user.env | {"PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     ports = next(finding for finding in json.loads(done.stdout)["findings"] if finding["check"] == "ports")
-    with open("/proc/sys/net/ipv4/ip_unprivileged_port_start", encoding="ascii") as setting:
-        first = int(setting.read())
+    first = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
     if first > 1:
         assert (ports["state"], str(first) in ports["found"]) == ("warn", True)
         assert "CAP_NET_BIND_SERVICE" in ports["fix"]
