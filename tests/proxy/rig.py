@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from gatekeeper.snapshot.reader import Snapshot
-
 from gatekeeper.kernel import memfd
 from gatekeeper.kernel.channel import Channel
 from gatekeeper.policy.model import (
@@ -34,6 +32,7 @@ from gatekeeper.proxy.events import RECORD
 from gatekeeper.snapshot import encode
 from gatekeeper.snapshot.bindings import Bindings, VerdictKey
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, End, ListenerSlot, WorkerSlot
+from gatekeeper.snapshot.reader import Snapshot
 from tests.support.wait import until
 
 ROOT = Path(__file__).parents[2]
