@@ -1,11 +1,8 @@
 """One TCP session: from the dial to its last account.
 
-    dialing ──► relaying ──► finished
-       │           └──► delivering: one leg was reset; the other gets what had arrived, then a reset too ──► finished
-       └──► finished: the backend could not be reached
-
-A reset must travel, or a stream that was cut would look complete; but not before the data ahead of it has been
-acknowledged, because a reset discards what is still on its way.
+dialing ──► relaying ──► finished
+   │           └──► delivering: one leg was reset; the other gets what had arrived, then a reset too ──► finished
+   └──► finished: the backend could not be reached
 """
 
 from __future__ import annotations
@@ -14,15 +11,15 @@ import _socket
 import errno
 import os
 import struct
-import termios
 import time
 from bisect import bisect_left
-from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 from gatekeeper.proxy.accounts import count_bytes, count_end, count_failure
+from gatekeeper.proxy.delivery import Delivery
+from gatekeeper.proxy.dial import LOST, Dial, Retry
 from gatekeeper.proxy.loop import WRITE
-from gatekeeper.proxy.relay import CHUNK_BYTES, EDGE, SPLICE_FLAGS, UNWATCHED, Leg
+from gatekeeper.proxy.relay import CHUNK_BYTES, EDGE, UNWATCHED, Leg
 from gatekeeper.snapshot.counters import DIAL_BOUNDS_S, End, ListenerSlot
 
 if TYPE_CHECKING:
@@ -30,9 +27,6 @@ if TYPE_CHECKING:
 
 LINGER_DEFAULT = struct.pack("ii", 0, 0)  # deliver in the background, then FIN
 LINGER_RESET = struct.pack("ii", 1, 0)  # close at once, with a reset
-DELIVERY_TIMEOUT_S = 5.0  # how long a reset waits for the data ahead of it
-DELIVERY_ROUNDS = 64  # chunks moved in one turn
-LOST = {errno.ECONNRESET, errno.EPIPE}  # it was there, may have spoken, and is gone again
 RESETS = {End.CLIENT_RESET, End.BACKEND_RESET}
 
 
@@ -232,169 +226,3 @@ class TcpSession:
             leg.other = leg.session = None  # type: ignore[assignment]  # no cycles may be left to the collector
         shared.open_fds -= 2
         count_end(shared, self, moved_in, moved_out, end)
-
-
-class Dial:
-    """Waits until the backend has answered."""
-
-    __slots__ = ("deadline_s", "session", "watches_client")
-
-    def __init__(self, session: TcpSession) -> None:
-        self.session = session
-        self.deadline_s = session.began_s + session.terms.connect_timeout_s
-        self.watches_client = False
-
-    def ready(self, _mask: int) -> None:
-        """The kernel knows how the dial went."""
-        session = self.session
-        backend = session.backend
-        shared = session.gate.shared
-        error = backend.socket().getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
-        if error and error not in LOST:
-            session.dial_failed(error)
-            return
-        shared.loop.unwatch(backend.fd)
-        if self.watches_client:
-            shared.loop.unwatch(session.client.fd)
-        del shared.due[session.client.fd]
-        session.connected()
-        if error:
-            session.lose(backend)
-
-    def check(self, now: float) -> None:
-        """See `gate.Due.check`. A dial that takes its time is worth watching whether the client still waits for it."""
-        session = self.session
-        if now >= self.deadline_s:
-            session.dial_failed(errno.ETIMEDOUT)
-        elif not self.watches_client:
-            self.watches_client = True
-            session.gate.shared.loop.watch(session.client.fd, 0, Impatient(session))
-
-    def fail(self) -> None:
-        """See `Failing.fail`."""
-        self.session.fail()
-
-
-class Impatient:
-    """A client whose backend is still being dialled: nothing is expected of it but that it may be gone."""
-
-    __slots__ = ("session",)
-
-    def __init__(self, session: TcpSession) -> None:
-        self.session = session
-
-    def ready(self, _mask: int) -> None:
-        """It is gone."""
-        self.session.finish(End.CLIENT_RESET)
-
-    def fail(self) -> None:
-        """See `Failing.fail`."""
-        self.session.fail()
-
-
-class Retry:
-    """Waits for room in the queue of a unix backend, which the kernel does not announce."""
-
-    __slots__ = ("deadline_s", "session")
-
-    def __init__(self, session: TcpSession) -> None:
-        self.session = session
-        self.deadline_s = session.began_s + session.terms.connect_timeout_s
-
-    def check(self, now: float) -> None:
-        """See `gate.Due.check`."""
-        session = self.session
-        if now >= self.deadline_s:
-            session.dial_failed(errno.ETIMEDOUT)
-            return
-        del session.gate.shared.due[session.client.fd]
-        session.connect(session.backend.socket())
-
-    def fail(self) -> None:
-        """See `Failing.fail`."""
-        self.session.fail()
-
-
-class Delivery:
-    """The last duty of a session one of whose legs was reset: bring over what had arrived before, then reset the other."""
-
-    __slots__ = ("alive", "dead", "deadline_s", "end", "read_all", "session", "unacknowledged", "waiting")
-
-    def __init__(self, session: TcpSession, dead: Leg) -> None:
-        self.session = session
-        self.dead = dead
-        self.alive = dead.other
-        self.end = End.CLIENT_RESET if dead is session.client else End.BACKEND_RESET
-        self.deadline_s = session.gate.shared.loop.now + DELIVERY_TIMEOUT_S
-        self.read_all = False
-        self.waiting = False  # registered for WRITE
-        self.unacknowledged = -1
-
-    def ready(self, _mask: int) -> None:
-        """The living leg can take more."""
-        self.step()
-
-    def step(self) -> None:
-        """Write what the living leg takes; once it has everything, wait for its acknowledgement."""
-        dead = self.dead
-        for _ in range(DELIVERY_ROUNDS):
-            if not dead.blocked():
-                try:
-                    dead.pending = os.read(dead.fd, CHUNK_BYTES) or None
-                except OSError:  # the reset itself, once everything before it was read
-                    dead.pending = None
-                if dead.pending is None:
-                    self.read_all = True
-                    self.wait(for_room=False)
-                    self.check(self.session.gate.shared.loop.now)
-                    return
-                dead.received += len(dead.pending)
-            try:
-                if not self.write():
-                    break
-            except BlockingIOError:
-                break
-            except OSError:  # it is gone too
-                self.session.finish(self.end)
-                return
-        self.wait(for_room=True)
-
-    def write(self) -> bool:
-        """Write once; say whether all that waited went. Raises what the write raises."""
-        dead = self.dead
-        if dead.pipe is not None:
-            dead.piped -= os.splice(dead.pipe.read_fd, self.alive.fd, dead.piped, flags=SPLICE_FLAGS)
-            if not dead.piped:
-                self.session.pipes.give_back(dead.pipe)
-                dead.pipe = None
-        elif dead.pending is not None:
-            dead.pending = dead.pending[os.write(self.alive.fd, dead.pending) :] or None
-        self.deadline_s = self.session.gate.shared.loop.now + DELIVERY_TIMEOUT_S
-        return not dead.blocked()
-
-    def wait(self, *, for_room: bool) -> None:
-        """Watch the living leg for room, or not at all."""
-        if for_room != self.waiting:
-            loop = self.session.gate.shared.loop
-            self.waiting = for_room
-            if for_room:
-                loop.watch(self.alive.fd, WRITE, self)
-            else:
-                loop.unwatch(self.alive.fd)
-
-    def check(self, now: float) -> None:
-        """See `gate.Due.check`."""
-        if self.read_all:
-            left = struct.unpack("i", ioctl(self.alive.fd, termios.TIOCOUTQ, bytes(4)))[0]
-            if left == 0:
-                self.session.finish(self.end)
-                return
-            if left != self.unacknowledged:
-                self.unacknowledged = left
-                self.deadline_s = now + DELIVERY_TIMEOUT_S
-        if now >= self.deadline_s:
-            self.session.finish(self.end)
-
-    def fail(self) -> None:
-        """See `Failing.fail`."""
-        self.session.fail()
