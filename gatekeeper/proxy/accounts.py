@@ -6,7 +6,7 @@ import errno
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Protocol
 
-from gatekeeper.snapshot.counters import DURATION_BOUNDS_S, Cause, ListenerSlot
+from gatekeeper.snapshot.counters import DIAL_BOUNDS_S, DURATION_BOUNDS_S, Cause, ListenerSlot
 
 if TYPE_CHECKING:
     import socket
@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 SO_MEMINFO = 55
 MEMINFO_BYTES = 36
 MEMINFO_DROPS = slice(32, 36)  # SK_MEMINFO_DROPS, 32 bits
+
+# As plain numbers: looking a member up in its enum costs more than the addition it is needed for.
+SESSIONS_OPENED = int(ListenerSlot.SESSIONS_OPENED)
+SESSIONS_CLOSED = int(ListenerSlot.SESSIONS_CLOSED)
+BYTES_IN = int(ListenerSlot.BYTES_IN)
+BYTES_OUT = int(ListenerSlot.BYTES_OUT)
+ENDS = int(ListenerSlot.ENDS)
+DURATION_SUM_US = int(ListenerSlot.DURATION_SUM_US)
+DURATION_BUCKETS = int(ListenerSlot.DURATION_BUCKETS)
+DIAL_SUM_US = int(ListenerSlot.DIAL_SUM_US)
+DIAL_BUCKETS = int(ListenerSlot.DIAL_BUCKETS)
 
 CAUSES = {
     errno.ECONNREFUSED: Cause.REFUSED,
@@ -54,9 +65,16 @@ class Ended(Protocol):
 def count_bytes(shared: Shared, session: Ended, moved_in: int, moved_out: int) -> None:
     """Bring a session's share of the byte counters up to these totals."""
     counters, block = shared.counters, session.terms.block
-    counters[block + ListenerSlot.BYTES_IN] += moved_in - session.reported_in
-    counters[block + ListenerSlot.BYTES_OUT] += moved_out - session.reported_out
+    counters[block + BYTES_IN] += moved_in - session.reported_in
+    counters[block + BYTES_OUT] += moved_out - session.reported_out
     session.reported_in, session.reported_out = moved_in, moved_out
+
+
+def count_dial(shared: Shared, terms: Terms, took_s: float) -> None:
+    """Count a backend that answered after ``took_s``."""
+    counters, block = shared.counters, terms.block
+    counters[block + DIAL_SUM_US] += int(took_s * 1e6)
+    counters[block + DIAL_BUCKETS + bisect_left(DIAL_BOUNDS_S, took_s)] += 1
 
 
 def count_failure(shared: Shared, terms: Terms, error: int | None) -> None:
@@ -69,11 +87,11 @@ def count_end(shared: Shared, session: Ended, moved_in: int, moved_out: int, end
     """Close a session's account and report it."""
     count_bytes(shared, session, moved_in, moved_out)
     counters, block = shared.counters, session.terms.block
-    counters[block + ListenerSlot.SESSIONS_CLOSED] += 1
-    counters[block + ListenerSlot.ENDS + end] += 1
+    counters[block + SESSIONS_CLOSED] += 1
+    counters[block + ENDS + end] += 1
     lasted = shared.loop.now - session.began_s
-    counters[block + ListenerSlot.DURATION_SUM_US] += int(lasted * 1e6)
-    counters[block + ListenerSlot.DURATION_BUCKETS + bisect_left(DURATION_BOUNDS_S, lasted)] += 1
+    counters[block + DURATION_SUM_US] += int(lasted * 1e6)
+    counters[block + DURATION_BUCKETS + bisect_left(DURATION_BOUNDS_S, lasted)] += 1
     shared.report.connection(session, moved_in, moved_out, end)
 
 

@@ -23,6 +23,7 @@ from os import read, splice, write
 from typing import TYPE_CHECKING
 
 from gatekeeper.proxy.loop import READ, WRITE
+from gatekeeper.snapshot.counters import End
 
 if TYPE_CHECKING:
     from gatekeeper.proxy.pipes import Pipe
@@ -37,6 +38,7 @@ ERROR = select.EPOLLERR
 HANGUP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 EDGE = READ | select.EPOLLRDHUP | select.EPOLLET
 UNWATCHED = -1
+FINISHED = End.FINISHED
 SHUT_WR = _socket.SHUT_WR
 
 
@@ -209,7 +211,7 @@ class Leg:
         self.ended = self.done = True
         other = self.other
         if other.done:
-            self.session.finish_both()
+            self.session.finish(FINISHED)
             return
         try:
             other.socket().shutdown(SHUT_WR)
@@ -217,7 +219,8 @@ class Leg:
             self.session.lose(other)
             return
         self.session.half_closed()
-        self.watch_as_needed()
+        if self.interest != EDGE:
+            self.watch_as_needed()
 
     def watch_as_needed(self) -> None:
         """Ask epoll for just what the state of both legs calls for."""
@@ -252,7 +255,8 @@ class Leg:
             os.close(self.fd)
         else:
             self.sock.close()
-        self.drop_waiting()
+        if self.pending is not None or self.pipe is not None:
+            self.drop_waiting()
 
     def drop_waiting(self) -> None:
         """Forget the bytes of this leg that were not delivered."""

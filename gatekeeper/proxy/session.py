@@ -12,15 +12,14 @@ import errno
 import os
 import struct
 import time
-from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-from gatekeeper.proxy.accounts import count_bytes, count_end, count_failure
+from gatekeeper.proxy.accounts import SESSIONS_OPENED, count_bytes, count_dial, count_end, count_failure
 from gatekeeper.proxy.delivery import Delivery
 from gatekeeper.proxy.dial import LOST, Dial, Retry
 from gatekeeper.proxy.loop import WRITE
 from gatekeeper.proxy.relay import CHUNK_BYTES, EDGE, UNWATCHED, Leg
-from gatekeeper.snapshot.counters import DIAL_BOUNDS_S, End, ListenerSlot
+from gatekeeper.snapshot.counters import End
 
 if TYPE_CHECKING:
     from gatekeeper.proxy.gate import Gate
@@ -71,7 +70,7 @@ class TcpSession:
         self.backend = self.client  # until `dial` has made one
         shared.sessions[fd] = self
         shared.open_fds += 2
-        shared.counters[self.terms.block + ListenerSlot.SESSIONS_OPENED] += 1
+        shared.counters[self.terms.block + SESSIONS_OPENED] += 1
 
     # -- dialing
 
@@ -143,10 +142,7 @@ class TcpSession:
         """The backend has answered: count the dial and relay from now on."""
         shared = self.gate.shared
         client, backend = self.client, self.backend
-        took = time.monotonic() - self.began_s
-        counters, block = shared.counters, self.terms.block
-        counters[block + ListenerSlot.DIAL_SUM_US] += int(took * 1e6)
-        counters[block + ListenerSlot.DIAL_BUCKETS + bisect_left(DIAL_BOUNDS_S, took)] += 1
+        count_dial(shared, self.terms, time.monotonic() - self.began_s)
         handlers = shared.loop.handlers
         handlers[client.fd] = client
         handlers[backend.fd] = backend
@@ -187,10 +183,6 @@ class TcpSession:
         delivery.step()
 
     # -- ending
-
-    def finish_both(self) -> None:
-        """Both legs have ended and said so."""
-        self.finish(End.FINISHED)
 
     def fail(self) -> None:
         """See `Failing.fail`."""

@@ -13,7 +13,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any
 
-from gatekeeper.proxy.accounts import SocketDrops, count_bytes, count_end, count_failure
+from gatekeeper.proxy.accounts import SESSIONS_OPENED, SocketDrops, count_bytes, count_end, count_failure
 from gatekeeper.proxy.gate import ALLOW, Gate, Shared
 from gatekeeper.proxy.loop import READ, say
 from gatekeeper.proxy.tcp import EXHAUSTED
@@ -210,7 +210,7 @@ class UdpSession:
         self.datagrams = self.seen = self.awaited = 0
         shared.sessions[self.fd] = self
         shared.open_fds += 1
-        shared.counters[self.terms.block + ListenerSlot.SESSIONS_OPENED] += 1
+        shared.counters[self.terms.block + SESSIONS_OPENED] += 1
         shared.loop.watch(self.fd, READ, self)
 
     def forward(self, size: int) -> None:
