@@ -77,7 +77,7 @@ class Leg:
         self.session.fail()
 
     def ready(self, mask: int) -> None:
-        """Deal with what epoll reported of this leg."""
+        """Deal with what epoll reported of this leg: write what waits for it, read what has come and pass it on."""
         if mask != READ:
             other = self.other
             if other.blocked() and not other.push():
@@ -88,15 +88,8 @@ class Leg:
                 elif not mask & WRITE and self.interest != EDGE:
                     self.watch(UNWATCHED)  # a unix peer that closed; whether we mind shows when we write to it
                 return
-        if self.pending is None and not self.piped and not self.ended:
-            self.pull(mask)
-
-    def blocked(self) -> bool:
-        """Say whether bytes of this leg wait for the other one."""
-        return self.pending is not None or self.piped > 0
-
-    def pull(self, mask: int) -> None:
-        """Read what has come and write it to the other leg. ``mask``: what epoll said of this leg."""
+        if self.pending is not None or self.piped or self.ended:
+            return
         if self.bulk:
             self.pull_bulk(mask)
             return
@@ -133,13 +126,17 @@ class Leg:
             if not mask & HANGUP or self.interest != EDGE:
                 return
 
+    def blocked(self) -> bool:
+        """Say whether bytes of this leg wait for the other one."""
+        return self.pending is not None or self.piped > 0
+
     def pull_bulk(self, mask: int) -> None:
         """Move what has come through a pipe, without the bytes ever being copied to us."""
         session = self.session
         pipe = session.pipes.take()
         if pipe is None:
             self.bulk = False
-            self.pull(mask)
+            self.ready(mask)
             return
         for _ in range(BULK_ROUNDS):
             try:
