@@ -357,6 +357,8 @@ class Stage:
             plan = peer.listening.plan  # type: ignore[attr-defined]
             if not peer.known:
                 peer.plan, peer.known = plan(peer.number), True
+                if peer.plan.receive_buffer is not None:
+                    peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, peer.plan.receive_buffer)
             if len(data) > missing:
                 peer.wrong_at = wrong_at(2 * peer.number, NAME_BYTES, data[missing:])
 
