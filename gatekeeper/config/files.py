@@ -12,20 +12,23 @@ import os
 import stat
 
 from gatekeeper.config.problems import Problem, Severity
-from gatekeeper.config.tree import Spot, Value, decode, parse
+from gatekeeper.config.tree import PROBLEMS_MOST, Spot, Value, decode, parse
 from gatekeeper.config.words import quote
 from gatekeeper.policy.model import Place
 
 SIZE_MOST_BYTES = 4 << 20
 FILES_MOST = 1000
 INCLUDES_DEEP_MOST = 32  # files between the rule file and a rule
-PROBLEMS_MOST = 1000  # a file with more is not what it claims to be
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO must not hold up a reload
 
 
 class Refused(Exception):
     """A file cannot or must not be read; the message says why."""
+
+
+class TooManyProblems(Exception):
+    """There is no point in looking for more; those found are recorded."""
 
 
 class Files:
@@ -38,8 +41,14 @@ class Files:
         self._hash = hashlib.sha256()
 
     def error(self, spot: Spot, code: str, message: str) -> None:
-        """Record an error."""
+        """Record an error.
+
+        Raises:
+            TooManyProblems: this one was too much.
+        """
         self.problems.append(Problem(spot.place, Severity.ERROR, code, message, spot.length))
+        if len(self.problems) > PROBLEMS_MOST:
+            raise TooManyProblems
 
     def warn(self, spot: Spot, code: str, message: str) -> None:
         """Record a warning."""

@@ -26,6 +26,7 @@ from gatekeeper.policy.model import Place
 
 DEPTH_MOST = 32
 VALUES_MOST = 100_000
+PROBLEMS_MOST = 1000  # a file with more is not what it claims to be: the rest of it is not read
 INTEGER_DIGITS_MOST = 18
 TOO_DEEP = f"this is nested more than {DEPTH_MOST} deep: no rule needs more than 5"
 
@@ -209,6 +210,8 @@ class _Builder:
 
     def _say(self, spot: Spot, code: str, message: str) -> None:
         self._problems.append(Problem(spot.place, Severity.ERROR, code, message, spot.length))
+        if len(self._problems) > PROBLEMS_MOST:
+            raise _Unreadable
 
     def _spot(self, event: Any) -> Spot:
         """Return where an event starts; its length ends with the line."""
