@@ -141,6 +141,7 @@ class Worker:
         counters[WorkerSlot.LOOP_TURNS] = loop.turns
         counters[WorkerSlot.LOOP_STALL_MAX_US] = int(loop.longest_turn_s * 1e6)
         self.report.renew_budgets()
+        self.shared.recover()
         queued: dict[int, int] = {}
         for gate in self.gates.values():
             block = gate.terms.block
