@@ -26,6 +26,7 @@ from gatekeeper.config.models import RuleFile
 from gatekeeper.config.problems import Problem, Severity
 from gatekeeper.config.resolve import resolve
 from gatekeeper.config.tree import PROBLEMS_MOST, Spot, Value
+from gatekeeper.config.words import brief
 from gatekeeper.policy.model import Config, Place
 
 
@@ -129,7 +130,7 @@ def _load_lists(root: Value, files: Files) -> dict[str, ListFile]:
         except reading.Refused as err:
             files.error(named.spot, "set.file", str(err))
         except OSError as err:
-            files.error(named.spot, "set.file", f"cannot read {path}: {err.strerror}")
+            files.error(named.spot, "set.file", f"cannot read {brief(path)}: {err.strerror}")
     return found
 
 

@@ -12,6 +12,7 @@ The events are guarded before anything recurses: PyYAML's C composer crashes the
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -101,11 +102,11 @@ class _Unreadable(Exception):
 
 def decode(file: str, text: bytes, problems: list[Problem]) -> str | None:
     """Return the text of a file, or ``None`` with a problem at the first byte that is no UTF-8."""
+    text = text.removeprefix(codecs.BOM_UTF8)
     try:
-        return text.decode("utf-8-sig")
+        return text.decode()
     except UnicodeDecodeError as err:
-        before = text[: err.start].decode("utf-8-sig")
-        lines = LINE_BREAK.split(before)
+        lines = LINE_BREAK.split(text[: err.start].decode())
         message = f"byte 0x{text[err.start]:02x} is not UTF-8: save the file as UTF-8"
         problems.append(Problem(Place(file, len(lines), len(lines[-1]) + 1), Severity.ERROR, "yaml.encoding", message))
         return None
