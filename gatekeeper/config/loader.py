@@ -80,7 +80,9 @@ def _loaded(config: Config | None, files: Files) -> Loaded:
     problems = sorted(set(files.problems))
     if len(problems) > PROBLEMS_MOST:
         problems = problems[:PROBLEMS_MOST]
-        problems.append(Problem(problems[-1].place, Severity.ERROR, "file", "and more problems, which were not looked for"))
+        last = problems[-1].place
+        behind = Place(last.file, last.line, last.column + 1)  # whoever sorts again
+        problems.append(Problem(behind, Severity.ERROR, "file", "and more problems, which were not looked for"))
     return Loaded(config, problems, files.texts)
 
 
