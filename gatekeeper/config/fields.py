@@ -43,6 +43,7 @@ class Names:
     def unknown(self, kind: str, word: str, known: list[str], otherwise: str) -> Refusal:
         """Return the error for a name that nothing has, with the one that was probably meant."""
         self.guesses += 1
+        known = [name for name in known if words.NAME.fullmatch(name)]
         near = nearest(word, known) if self.guesses <= GUESSES_MOST else None
         if near is not None:
             return Refusal("unknown-name", f"there is no {kind} {quote(word)}, did you mean {quote(near)}?")
@@ -92,6 +93,14 @@ def listing(what: str, empty: str) -> Callable[[Any], list[Any]]:
 def parsed(parse: Callable[[str], Any], what: str) -> BeforeValidator:
     """Return a validator that reads a scalar as text."""
     return BeforeValidator(lambda value: parse(as_text(value, what)))
+
+
+def as_path(value: Any) -> str:
+    """Return the path of a file that is named. A number is refused: 0x10 and 16 are one number and two paths."""
+    if not isinstance(value, str):
+        hint = ": quote it" if isinstance(value, int) and not isinstance(value, bool) else ""
+        raise ValueError(f"expected a path, not {describe(value)}{hint}")  # noqa: TRY004 - see `listing`
+    return parse_file_name(value)
 
 
 def choice(options: tuple[str, ...], make: Callable[[str], Any] = str) -> BeforeValidator:
@@ -269,7 +278,7 @@ Verb = Annotated[
     choice(("allow", "deny", "drop"), lambda word: Action[word.upper()]),
     WithJsonSchema({"enum": ["allow", "deny", "drop"]}),
 ]
-Path = Annotated[str, parsed(parse_file_name, "a path"), WithJsonSchema(_TEXT)]
+Path = Annotated[str, BeforeValidator(as_path), WithJsonSchema(_TEXT)]
 Seconds = Annotated[float | None, parsed(words.parse_duration, "a duration like 20s"), WithJsonSchema(_DURATION)]
 Places = Annotated[
     list[Annotated[tuple[addresses.Span, ...], parsed(addresses.parse_listen, "an address and a port")]],

@@ -12,20 +12,23 @@ import os
 import stat
 
 from gatekeeper.config.problems import Problem, Severity
-from gatekeeper.config.tree import Spot, Value, decode, parse
-from gatekeeper.config.words import quote
+from gatekeeper.config.tree import PROBLEMS_MOST, Spot, Value, decode, parse
+from gatekeeper.config.words import brief, quote
 from gatekeeper.policy.model import Place
 
 SIZE_MOST_BYTES = 4 << 20
 FILES_MOST = 1000
 INCLUDES_DEEP_MOST = 32  # files between the rule file and a rule
-PROBLEMS_MOST = 1000  # a file with more is not what it claims to be
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO must not hold up a reload
 
 
 class Refused(Exception):
     """A file cannot or must not be read; the message says why."""
+
+
+class TooManyProblems(Exception):
+    """There is no point in looking for more; those found are recorded."""
 
 
 class Files:
@@ -38,8 +41,14 @@ class Files:
         self._hash = hashlib.sha256()
 
     def error(self, spot: Spot, code: str, message: str) -> None:
-        """Record an error."""
+        """Record an error.
+
+        Raises:
+            TooManyProblems: this one was too much.
+        """
         self.problems.append(Problem(spot.place, Severity.ERROR, code, message, spot.length))
+        if len(self.problems) > PROBLEMS_MOST:
+            raise TooManyProblems
 
     def warn(self, spot: Spot, code: str, message: str) -> None:
         """Record a warning."""
@@ -57,7 +66,7 @@ class Files:
                 self.error(named_at, "file", str(err))
                 return None
         if len(text) > SIZE_MOST_BYTES:
-            self.error(named_at, "file", f"{path} is larger than {SIZE_MOST_BYTES >> 20} MiB: move addresses to a list file")
+            self.error(named_at, "file", f"{brief(path)} is larger than {SIZE_MOST_BYTES >> 20} MiB: move addresses to a list file")
             return None
         self.note(path, hashlib.sha256(text).hexdigest())
         decoded = decode(path, text, self.problems)
@@ -113,13 +122,13 @@ class Files:
     def _included(self, path: str, spot: Spot, chain: tuple[str, ...]) -> list[Value]:
         real = os.path.realpath(path)
         if real in chain:
-            self.error(spot, "rule.include", f"{path} includes itself: remove it from here")
+            self.error(spot, "rule.include", f"{brief(path)} includes itself: remove it from here")
             return []
         if len(chain) > INCLUDES_DEEP_MOST:
-            self.error(spot, "rule.include", f"{path} is included by more than {INCLUDES_DEEP_MOST} files, one by another: it was not read")
+            self.error(spot, "rule.include", f"{brief(path)} is included by more than {INCLUDES_DEEP_MOST} files, one by another: it was not read")
             return []
         if len(self.read) >= FILES_MOST:
-            self.error(spot, "rule.include", f"more than {FILES_MOST} files: {path} was not read")
+            self.error(spot, "rule.include", f"more than {FILES_MOST} files: {brief(path)} was not read")
             return []
         before = len(self.problems)
         root = self.document(path, None, spot)
@@ -146,7 +155,7 @@ def read(path: str) -> bytes:
             _check(path, os.fstat(fd))
             return file.read(SIZE_MOST_BYTES + 1) or b""
     except (OSError, ValueError) as err:
-        raise Refused(f"cannot read {path}: {getattr(err, 'strerror', None) or err}") from err
+        raise Refused(f"cannot read {brief(path)}: {getattr(err, 'strerror', None) or err}") from err
 
 
 def check_readable(path: str) -> None:
@@ -162,7 +171,7 @@ def check_readable(path: str) -> None:
         finally:
             os.close(fd)
     except (OSError, ValueError) as err:
-        raise Refused(f"cannot read {path}: {getattr(err, 'strerror', None) or err}") from err
+        raise Refused(f"cannot read {brief(path)}: {getattr(err, 'strerror', None) or err}") from err
 
 
 def writable_by(mode: int) -> str:
@@ -172,6 +181,6 @@ def writable_by(mode: int) -> str:
 
 def _check(path: str, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise Refused(f"{path} is not a regular file")
+        raise Refused(f"{brief(path)} is not a regular file")
     if who := writable_by(found.st_mode):
-        raise Refused(f"{path} may be written by {who}, who could let anybody in: chmod go-w {path}")
+        raise Refused(f"{brief(path)} may be written by {who}, who could let anybody in: chmod go-w {brief(path)}")

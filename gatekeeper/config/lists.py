@@ -21,7 +21,7 @@ from gatekeeper.config.problems import Problem, Severity
 from gatekeeper.policy.model import Place
 from gatekeeper.policy.ranges import AddressSet, Bounds, Ranges, Wide, normalize
 
-BLOCK_BYTES = 1 << 18  # what is made of a block should fit the second-level cache
+BLOCK_BYTES = 1 << 16  # what is made of a block fits the cache, and its memory is used again for the next
 LONGEST_LINE_BYTES = 1 << 16
 MOST_PROBLEMS = 20
 CODE = "list"

@@ -19,13 +19,14 @@ from pydantic import ValidationError
 from gatekeeper.config import files as reading
 from gatekeeper.config.crosscheck import crosscheck
 from gatekeeper.config.fields import Names
-from gatekeeper.config.files import Files
+from gatekeeper.config.files import Files, TooManyProblems
 from gatekeeper.config.lists import ListFile, load_list
 from gatekeeper.config.messages import explain
 from gatekeeper.config.models import RuleFile
 from gatekeeper.config.problems import Problem, Severity
 from gatekeeper.config.resolve import resolve
-from gatekeeper.config.tree import Spot, Value
+from gatekeeper.config.tree import PROBLEMS_MOST, Spot, Value
+from gatekeeper.config.words import brief
 from gatekeeper.policy.model import Config, Place
 
 
@@ -48,19 +49,27 @@ def load(path: str, text: bytes | None = None) -> Loaded:
     when ``None``. Never raises for what is in the files or missing.
     """
     files = Files()
+    try:
+        config = _read(path, text, files)
+    except TooManyProblems:
+        config = None
+    return _loaded(config, files)
+
+
+def _read(path: str, text: bytes | None, files: Files) -> Config | None:
     root = files.document(path, text, Spot(Place(path, 1, 1), 1))
     if root is None or root.data is None:
         if not files.problems:
             files.error(Spot(Place(path, 1, 1), 1), "file", 'the file is empty: write at least "version", "listeners" and "default"')
-        return _loaded(None, files)
+        return None
     _splice(root, files, os.path.realpath(path))
     model = _validate(root, files)
     crosscheck(root, files)
     lists = _load_lists(root, files)
     if model is None or _has_error(files.problems):
-        return _loaded(None, files)
+        return None
     policy, settings = resolve(model, root, lists)
-    return _loaded(Config(policy, settings, files.digest(), tuple(files.read)), files)
+    return Config(policy, settings, files.digest(), tuple(files.read))
 
 
 def _has_error(problems: list[Problem]) -> bool:
@@ -69,10 +78,11 @@ def _has_error(problems: list[Problem]) -> bool:
 
 def _loaded(config: Config | None, files: Files) -> Loaded:
     problems = sorted(set(files.problems))
-    if len(problems) > reading.PROBLEMS_MOST:
-        left = len(problems) - reading.PROBLEMS_MOST
-        problems = problems[: reading.PROBLEMS_MOST]
-        problems.append(Problem(problems[-1].place, Severity.ERROR, "file", f"and {left} more problems"))
+    if len(problems) > PROBLEMS_MOST:
+        problems = problems[:PROBLEMS_MOST]
+        last = problems[-1].place
+        behind = Place(last.file, last.line, last.column + 1)  # whoever sorts again
+        problems.append(Problem(behind, Severity.ERROR, "file", "and more problems, which were not looked for"))
     return Loaded(config, problems, files.texts)
 
 
@@ -122,7 +132,7 @@ def _load_lists(root: Value, files: Files) -> dict[str, ListFile]:
         except reading.Refused as err:
             files.error(named.spot, "set.file", str(err))
         except OSError as err:
-            files.error(named.spot, "set.file", f"cannot read {path}: {err.strerror}")
+            files.error(named.spot, "set.file", f"cannot read {brief(path)}: {err.strerror}")
     return found
 
 

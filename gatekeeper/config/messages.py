@@ -7,6 +7,7 @@ looked up in the tree of values; what leads nowhere is skipped, so that a missin
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from gatekeeper.config.fields import describe
 from gatekeeper.config.models import MODELS, IncludeModel, RuleFile, Strict
 from gatekeeper.config.problems import Problem, Severity
-from gatekeeper.config.tree import BROKEN, Spot, Value
+from gatekeeper.config.tree import BROKEN, PROBLEMS_MOST, Spot, Value
 from gatekeeper.config.words import listed, nearest, quote
 
 SINGULAR = {"listeners": "listener", "sets": "set", "rules": "rule", "tests": "test"}
@@ -27,9 +28,9 @@ EXPECTED = {
 
 
 def explain(err: ValidationError, root: Value) -> list[Problem]:
-    """Return the problems of a rule file; what is at a broken value was reported before."""
+    """Return the problems of a rule file, of very many the first; what is at a broken value was reported before."""
     found = (_explain(item, root) for item in err.errors(include_url=False))
-    return [problem for problem in found if problem is not None]
+    return list(islice((problem for problem in found if problem is not None), PROBLEMS_MOST + 1))
 
 
 def _explain(item: Any, root: Value) -> Problem | None:

@@ -170,7 +170,7 @@ class RuleFile(Strict):
     audit: Annotated[str, parsed(fields.parse_audit, "stdout, journald, off or a path"), WithJsonSchema({"type": "string"})] = Field(
         default="stdout", description="where the audit log goes: stdout (the default), journald, a path, or off"
     )
-    state: Annotated[str | None, parsed(fields.parse_file_name, "a path"), WithJsonSchema({"type": "string"})] = Field(
+    state: Annotated[str | None, BeforeValidator(fields.as_path), WithJsonSchema({"type": "string"})] = Field(
         default=None, description="a directory that one running gatekeeper owns: its lock is there"
     )
 

@@ -12,6 +12,7 @@ The events are guarded before anything recurses: PyYAML's C composer crashes the
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from gatekeeper.policy.model import Place
 
 DEPTH_MOST = 32
 VALUES_MOST = 100_000
+PROBLEMS_MOST = 1000  # a file with more is not what it claims to be: the rest of it is not read
 INTEGER_DIGITS_MOST = 18
 TOO_DEEP = f"this is nested more than {DEPTH_MOST} deep: no rule needs more than 5"
 
@@ -100,11 +102,11 @@ class _Unreadable(Exception):
 
 def decode(file: str, text: bytes, problems: list[Problem]) -> str | None:
     """Return the text of a file, or ``None`` with a problem at the first byte that is no UTF-8."""
+    text = text.removeprefix(codecs.BOM_UTF8)
     try:
-        return text.decode("utf-8-sig")
+        return text.decode()
     except UnicodeDecodeError as err:
-        before = text[: err.start].decode("utf-8-sig")
-        lines = LINE_BREAK.split(before)
+        lines = LINE_BREAK.split(text[: err.start].decode())
         message = f"byte 0x{text[err.start]:02x} is not UTF-8: save the file as UTF-8"
         problems.append(Problem(Place(file, len(lines), len(lines[-1]) + 1), Severity.ERROR, "yaml.encoding", message))
         return None
@@ -209,6 +211,8 @@ class _Builder:
 
     def _say(self, spot: Spot, code: str, message: str) -> None:
         self._problems.append(Problem(spot.place, Severity.ERROR, code, message, spot.length))
+        if len(self._problems) > PROBLEMS_MOST:
+            raise _Unreadable
 
     def _spot(self, event: Any) -> Spot:
         """Return where an event starts; its length ends with the line."""

@@ -15,6 +15,7 @@ _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)")
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # whatever a terminal or a reader of lines could obey
 
+PATH_SHOWN = 300
 QUOTED_MOST = 80  # characters of the file that a message repeats
 LISTED_MOST = 20  # names that a message lists
 GUESSED_MOST = 64  # longer words are no misspelt names, and comparing them takes quadratic time
@@ -24,6 +25,11 @@ def quote(text: str) -> str:
     """Return ``text`` in quotes, on one line, shortened, with nothing in it that a terminal would obey."""
     shown = text if len(text) <= QUOTED_MOST else text[:QUOTED_MOST] + "..."
     return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) + '"'
+
+
+def brief(path: str) -> str:
+    """Return a path for a message, of a very long one both ends."""
+    return path if len(path) <= PATH_SHOWN else f"{path[: PATH_SHOWN // 2]}...{path[-PATH_SHOWN // 2 :]}"
 
 
 def listed(words: Iterable[str], last: str = "or") -> str:

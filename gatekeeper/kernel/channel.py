@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import json
+import os
 import socket
 from typing import Any
 
@@ -45,7 +46,7 @@ class Channel:
         Raises:
             ChannelClosed: the other process is gone.
             BlockingIOError: the socket does not block and nothing has arrived.
-            ValueError: the message is not a JSON object.
+            ValueError: the message is not a JSON object; what came with it is closed.
         """
         fds = array.array("i")
         try:
@@ -58,12 +59,21 @@ class Channel:
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-        if not data:
-            raise ChannelClosed("the other process closed its end")
-        message = json.loads(data)
-        if not isinstance(message, dict):
-            raise ValueError("not a JSON object")  # noqa: TRY004 - the caller handles one error
-        return message, list(fds)
+        try:
+            return _decode(data), list(fds)
+        except BaseException:
+            for fd in fds:  # a process that sends garbage must not fill our table of descriptors with it
+                os.close(fd)
+            raise
 
     def close(self) -> None:
         self.sock.close()
+
+
+def _decode(data: bytes) -> dict[str, Any]:
+    if not data:
+        raise ChannelClosed("the other process closed its end")
+    message = json.loads(data)
+    if not isinstance(message, dict):
+        raise ValueError("not a JSON object")  # noqa: TRY004 - the caller handles one error
+    return message

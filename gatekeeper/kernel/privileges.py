@@ -13,6 +13,8 @@ import pwd
 import signal
 from dataclasses import dataclass
 
+from gatekeeper.kernel import landlock
+
 ACCOUNTS = ("gatekeeper", "nobody")  # the first that exists
 
 CAP_DAC_OVERRIDE = 1
@@ -110,8 +112,9 @@ def harden() -> None:
 def drop(uid: int | None, gid: int | None, groups: list[int] | tuple[int, ...] | None, supervisor_pid: int) -> None:
     """Become ``uid``, ``gid`` and ``groups`` (each ``None``: keep) without any capability, and die with the supervisor.
 
-    Afterwards nothing can be gained back: no_new_privs is set, every capability set is empty, and no other process of
-    the same user may attach to this one or read its memory.
+    Afterwards nothing can be gained back: no_new_privs is set, every capability set is empty, no other process of the
+    same user may attach to this one or read its memory, and where the kernel has Landlock this one can write no file,
+    execute nothing, and signal nobody.
 
     Raises:
         OSError: the kernel refused; the caller must not go on.
@@ -127,11 +130,14 @@ def drop(uid: int | None, gid: int | None, groups: list[int] | tuple[int, ...] |
     if uid is not None:
         os.setresuid(uid, uid, uid)
     _keep_only(frozenset())
+    landlock.give_up()
     _die_with(supervisor_pid)
 
 
 def confine(supervisor_pid: int) -> None:
     """Keep the user and the right to read files (a rule file may belong to anybody), and give up everything else.
+
+    Where the kernel has Landlock, that includes writing files, executing programs and signalling others.
 
     Raises:
         OSError: the kernel refused; the caller must not go on.
@@ -139,6 +145,7 @@ def confine(supervisor_pid: int) -> None:
     """
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _keep_only(frozenset({CAP_DAC_READ_SEARCH}) & effective_capabilities())
+    landlock.give_up()
     _die_with(supervisor_pid)
 
 

@@ -17,6 +17,7 @@ import struct
 KEY_WORDS = 3
 
 _SO_ATTACH_REUSEPORT_CBPF = 51
+_SO_LOCK_FILTER = 44
 _NET = -0x100000  # SKF_NET_OFF: offsets count from the network header
 _IPV4_SOURCE = 12
 _IPV6_SOURCE = 8
@@ -84,6 +85,17 @@ def attach(sock: socket.socket, key: Key, shards: int) -> None:
     sock.setsockopt(
         socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, struct.pack("@HP", len(code), ctypes.addressof(memory))
     )
+
+
+def lock(sock: socket.socket) -> None:
+    """Let nobody who is handed ``sock`` attach a program in place of the one there is, for as long as the socket lives.
+
+    One program steers the whole group, so whoever holds one member could draw the sources of all others to itself.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, _SO_LOCK_FILTER, 1)
 
 
 def _mix(value: int) -> int:

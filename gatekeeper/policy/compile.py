@@ -20,7 +20,7 @@ from itertools import accumulate, chain, compress, islice, repeat, zip_longest
 from operator import and_, lshift, ne, neg, or_, rshift, xor
 
 from gatekeeper.policy.model import Action, Endpoint, Policy, Protocol, Reason, Rule
-from gatekeeper.policy.ranges import AddressSet, Bounds, Wide, bounds_from
+from gatekeeper.policy.ranges import AddressSet, Bounds, Wide, bounds_from, cuts
 
 Detail = tuple[int, int | None, Action, Reason]  # listener index, rule index or None, action, reason
 
@@ -158,18 +158,17 @@ class _Walked:
     """The walk over all bounds of one family. ``starts`` are distinct and begin with 0."""
 
     def __init__(self, family: int, sets: Sequence[tuple[Bounds, int]]) -> None:
-        width = len(sets).bit_length()
-        keys = sorted(chain.from_iterable(
-            map(or_, map(lshift, bounds, repeat(width)), repeat(index)) for index, (bounds, _) in enumerate(sets)
-        ))  # fmt: skip
         self.family = family
         self._toggles = [bits for _, bits in sets]
-        self._which = array("I", map(and_, keys, repeat((1 << width) - 1)))  # the set that each bound belongs to
-        positions = bounds_from(family, [0, *map(rshift, keys, repeat(width))])
-        del keys
+        self._which = array("I")  # the set that each bound belongs to
+        positions = bounds_from(family, (0,))
+        for keys, width in _sorted_keys(sets):
+            self._which.extend(map(and_, keys, repeat((1 << width) - 1)))
+            positions.extend(map(rshift, keys, repeat(width)))
         # Several bounds at one address: only the mask after the last of them ever applies.
         self._last = bytes(map(ne, positions, islice(positions, 1, None))) + b"\1"
-        self.starts = bounds_from(family, list(compress(positions, self._last)))
+        self.starts = bounds_from(family, ())
+        self.starts.extend(compress(positions, self._last))
 
     def masks(self) -> Iterator[int]:
         """Yield the mask that applies from each of ``starts`` on."""
@@ -180,8 +179,23 @@ class _Walked:
         """Return where ranges start, and their classes; neighbours differ."""
         found = array("I", map(classes.__getitem__, self.masks()))
         differs = b"\1" + bytes(map(ne, found, islice(found, 1, None)))
-        starts = bounds_from(self.family, list(compress(self.starts, differs)))
+        starts = bounds_from(self.family, ())
+        starts.extend(compress(self.starts, differs))
         return starts, array("I", compress(found, differs))
+
+
+def _sorted_keys(sets: Sequence[tuple[Bounds, int]]) -> Iterator[tuple[list[int], int]]:
+    """Yield the bounds of all sets in order, a segment at a time: ``address << width | number of the set``, and width."""
+    width = len(sets).bit_length()
+    largest = max((bounds for bounds, _ in sets), key=len, default=array("I"))
+    reached = [0] * len(sets)
+    for end in (*cuts(largest), None):
+        parts = []
+        for index, (bounds, _) in enumerate(sets):
+            high = len(bounds) if end is None else bisect_left(bounds, end, reached[index])
+            parts.append(map(or_, map(lshift, bounds[reached[index] : high], repeat(width)), repeat(index)))
+            reached[index] = high
+        yield sorted(chain.from_iterable(parts)), width
 
 
 class _Interleaved:

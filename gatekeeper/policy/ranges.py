@@ -19,7 +19,7 @@ import ipaddress
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain, compress, islice, repeat
+from itertools import accumulate, chain, compress, islice, pairwise, repeat
 from operator import add, and_, le, lshift, lt, or_, rshift, sub
 from sys import byteorder
 from typing import ClassVar, Self, TypeAlias, overload
@@ -30,6 +30,7 @@ BITS = {4: 32, 6: 128}
 _MAPPED_PREFIX = 0xFFFF
 _SMALL = 16  # bounds: below that a loop in Python is as fast as anything
 _MUCH_SMALLER = 8  # times
+_SEGMENT = 1 << 15  # bounds
 _LOW_WORD = 0 if byteorder == "little" else 1
 # Where the bytes of 64 and 32 bits lie in memory, the lowest first.
 _BYTE_OF_64 = tuple(range(8) if byteorder == "little" else range(7, -1, -1))
@@ -90,6 +91,9 @@ class Wide(Sequence[int]):
         self.high.append(value >> 64)
         self.low.append(value & LOW64)
 
+    def pop(self) -> int:
+        return int(self.high.pop()) << 64 | int(self.low.pop())
+
     def extend(self, values: Iterable[int]) -> None:
         if not isinstance(values, Wide):
             values = Wide(list(values))
@@ -98,6 +102,11 @@ class Wide(Sequence[int]):
 
 
 Bounds: TypeAlias = "array[int] | Wide"  # IPv4: array("I"); IPv6: Wide, which has the same methods
+
+
+def cuts(bounds: Bounds) -> Sequence[int]:
+    """Return where to cut the work on large sets, so that few bounds at a time stand as Python integers."""
+    return bounds[_SEGMENT::_SEGMENT]
 
 
 def bounds_from(family: int, values: Sequence[int]) -> Bounds:
@@ -168,9 +177,7 @@ class Ranges:
             return large
         if _is_small(small, large):
             return ~_clip(~small, large, outside=True)
-        starts = sorted(chain(small.bounds[0::2], large.bounds[0::2]))
-        ends = sorted(chain(small._ends(), large._ends()))
-        return Ranges(self.family, _join(self.family, starts, ends))
+        return _union(small, large)
 
     def __and__(self, other: Ranges) -> Ranges:
         small, large = (self, other) if len(self) <= len(other) else (other, self)
@@ -200,9 +207,10 @@ class Ranges:
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         """Yield (first, end), the end being the first address that is outside."""
-        return zip(self.bounds[0::2], self._ends(), strict=True)
+        return zip(self.bounds[0::2], self.ends(), strict=True)
 
-    def _ends(self) -> Iterator[int]:
+    def ends(self) -> Iterator[int]:
+        """Yield for each range the first address behind it."""
         last = (1 << BITS[self.family],) if len(self.bounds) & 1 else ()
         return chain(self.bounds[1::2], last)
 
@@ -263,6 +271,23 @@ def _sorted(values: array[int], carried: bytes) -> tuple[array[int], bytes]:
     for byte in range(4):
         raw_back[_BYTE_OF_32[byte] :: 4] = sorted_bits[_BYTE_OF_64[1 + byte] :: 8]
     return array("I", bytes(raw_back)), sorted_bits[_BYTE_OF_64[0] :: 8]
+
+
+def _union(small: Ranges, large: Ranges) -> Ranges:
+    """Return the union of two large sets, made in segments: no more than one at a time stands as Python integers."""
+    out = bounds_from(small.family, ())
+    limit = 1 << BITS[small.family]
+    for first, end in pairwise((0, *cuts(large.bounds), limit)):
+        segment = Ranges(small.family, bounds_from(small.family, (first,) if end == limit else (first, end)))
+        one, other = _clip(segment, small, outside=False), _clip(segment, large, outside=False)
+        starts = sorted(chain(one.bounds[0::2], other.bounds[0::2]))
+        ends = sorted(chain(one.ends(), other.ends()))
+        piece = _join(small.family, starts, ends)
+        if out and piece and out[-1] == piece[0]:  # a range goes on across the cut
+            out.pop()
+            piece = piece[1:]
+        out.extend(piece)
+    return Ranges(small.family, out)
 
 
 def _join(family: int, starts: Sequence[int], ends: Sequence[int]) -> Bounds:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gatekeeper.policy.model import Action
-from gatekeeper.proxy.loop import Failing, Loop
+from gatekeeper.proxy.loop import Failing, Loop, say
 from gatekeeper.snapshot.counters import ListenerSlot
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT, LOCAL_CLASS, LOW64
 
@@ -22,6 +22,7 @@ ALLOW = int(Action.ALLOW)
 DROP = int(Action.DROP)
 
 CACHED_PEERS = 4096  # verdicts remembered per gate; a flood from random sources only costs the memory of this many
+CALM_S = 2.0  # without want, until it is said to be over
 UNIX_PEER = bytes(16)
 MAPPED = b"\0" * 10 + b"\xff\xff"
 
@@ -58,7 +59,20 @@ class Shared:
     due: dict[int, Due]  # what must be looked at every few milliseconds, by descriptor
     max_fds: int
     open_fds: int = 0
-    starved: bool = False  # said once: descriptors or memory ran out
+    starved_s: float | None = None  # when descriptors or memory were last found wanting; ``None``: it is said that they suffice
+
+    def starve(self, what: str) -> None:
+        """Note that descriptors or memory have run out, and say so once."""
+        first = self.starved_s is None
+        self.starved_s = self.loop.now
+        if first:
+            say(what)
+
+    def recover(self) -> None:
+        """Say so once when nothing was found wanting for a while. Not sooner, or a crowd would fill the log by turns."""
+        if self.starved_s is not None and self.loop.now - self.starved_s >= CALM_S:
+            self.starved_s = None
+            say("descriptors and memory suffice again")
 
 
 class Terms:
@@ -165,10 +179,6 @@ class Gate:
         slot = self.over_slot if word & ACTION_MASK == ALLOW else self.slots[word >> DETAIL_SHIFT]
         self.shared.counters[slot] += 1
         return slot if self.shared.report.affords(slot, self.terms.number) else 0
-
-    def may_open(self, descriptors: int) -> bool:
-        """Say whether the process can afford another session."""
-        return self.shared.open_fds + descriptors <= self.shared.max_fds
 
 
 def pack_address(family: int, host: str) -> bytes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatekeeper.proxy.accounts import SocketDrops
 from gatekeeper.proxy.gate import ALLOW, DROP, Gate, Shared, unmapped
-from gatekeeper.proxy.loop import READ, say
+from gatekeeper.proxy.loop import READ
 from gatekeeper.proxy.session import LINGER_DEFAULT, LINGER_RESET, TcpSession
 from gatekeeper.snapshot.counters import ListenerSlot, WorkerSlot
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT
@@ -138,9 +138,7 @@ class TcpGate(Gate):
         self.paused_until_s = shared.loop.now + PAUSE_S
         shared.loop.unwatch(self.sock.fileno())
         shared.due[self.sock.fileno()] = self
-        if not shared.starved:
-            shared.starved = True
-            say(f"{self.key}: {why}; new connections wait in the kernel's queue, live sessions go on")
+        shared.starve(f"{self.key}: {why}; new connections wait in the kernel's queue, live sessions go on")
 
     def check(self, now: float) -> None:
         """See `gate.Due.check`: go on accepting."""
@@ -151,9 +149,6 @@ class TcpGate(Gate):
         self.paused = False
         self.batch = 1
         self.watch()
-        if shared.starved and self.may_open(FDS_PER_SESSION):
-            shared.starved = False
-            say(f"{self.key}: accepting again")
 
     def adapt(self) -> None:
         """Once a second: be quick at whatever there is more of, refusals or sessions."""

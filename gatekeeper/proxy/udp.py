@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatekeeper.proxy.accounts import SESSIONS_OPENED, SocketDrops, count_bytes, count_end, count_failure
 from gatekeeper.proxy.gate import ALLOW, Gate, Shared
-from gatekeeper.proxy.loop import READ, say
+from gatekeeper.proxy.loop import READ
 from gatekeeper.proxy.tcp import EXHAUSTED
 from gatekeeper.snapshot.counters import End, ListenerSlot
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT
@@ -118,16 +118,10 @@ class UdpGate(Gate):
                     return flow
                 sock.close()
         if failure in EXHAUSTED:
-            self.starve()
+            shared.starve(f"{self.key}: no file descriptor for another flow; its datagrams are lost, live flows go on")
         self.lose()
         count_failure(shared, terms, failure)
         return None
-
-    def starve(self) -> None:
-        """Say once that new flows find no descriptor."""
-        if not self.shared.starved:
-            self.shared.starved = True
-            say(f"{self.key}: no file descriptor for another flow; its datagrams are lost, live flows go on")
 
     def lose(self) -> None:
         """Count a datagram that was allowed, yet not forwarded."""

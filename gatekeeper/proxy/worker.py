@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gatekeeper.kernel.channel import Channel
 
 HOUSEKEEPING_S = 1.0  # suppressed refusals, queue lengths, a new round of sweeps
+COLLECTION_S = 60.0
 SWEPT_PER_TICK = 1000  # sessions looked at in one go, so that no turn takes long
 SENT_WITH_POLICY = 2  # descriptors: the snapshot and the bindings
 SPARE_FDS = 64  # at most this many descriptors, and at most an eighth, are kept for pipes and orders
@@ -64,6 +65,7 @@ class Worker:
         self.in_force: Prepared | None = None
         self.sweeping: list[Session] = []
         self.next_housekeeping_s = 0.0
+        self.next_collection_s = 0.0
         self.drain_deadline_s: float | None = None
         self.running = True
 
@@ -76,11 +78,11 @@ class Worker:
             self.obey(*self.channel.receive())
         self.channel.sock.setblocking(False)
         self.loop.watch(self.channel.fileno(), READ, self)
-        # What exists now lives as long as the worker: the collector need not look at it again. Sessions leave no
-        # cycles behind, so it need not run often either.
+        # Sessions leave no cycles behind, so the collector has nothing to find among them; with thousands of them it
+        # would stop everybody for milliseconds to say so. It runs when there is nobody to stop.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(50_000, 20, 100)
+        gc.disable()
         turn, tick_due_s = self.loop.turn, 0.0
         while self.running:
             now = turn(self.patience())
@@ -139,6 +141,7 @@ class Worker:
         counters[WorkerSlot.LOOP_TURNS] = loop.turns
         counters[WorkerSlot.LOOP_STALL_MAX_US] = int(loop.longest_turn_s * 1e6)
         self.report.renew_budgets()
+        self.shared.recover()
         queued: dict[int, int] = {}
         for gate in self.gates.values():
             block = gate.terms.block
@@ -147,6 +150,9 @@ class Worker:
             counters[block + ListenerSlot.ACCEPT_QUEUE] = length
         if not self.sweeping:
             self.sweeping = list(self.shared.sessions.values())
+        if not self.sweeping and now >= self.next_collection_s:
+            self.next_collection_s = now + COLLECTION_S
+            gc.collect()
 
     def limit_sessions(self) -> None:
         """Work out how many descriptors sessions may hold, so that accepting stops before everything else does."""

@@ -156,8 +156,10 @@ class Opener:
                         # Before the second member exists: a source has its owner from the moment the group is whole.
                         # Not before the first one listens: listen(2) would fail beside an overlapping group.
                         steering.attach(sockets[0], self.key, self.shards)
+                    steering.lock(sockets[-1])
             else:
                 _start(sockets[0], endpoint)
+                steering.lock(sockets[0])
         except OSError:
             for sock in sockets:
                 sock.close()

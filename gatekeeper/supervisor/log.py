@@ -55,7 +55,7 @@ class Log:
             lost, self._lost = self._lost, 0
             if lost:
                 self._stream.write(f"{prefix}gatekeeper: {lost} lines were lost here: nobody read them\n")
-            self._stream.write(f"{prefix}{line[:_LONGEST_LINE]}\n")
+            self._stream.write(f"{prefix}{printable(line, _LONGEST_LINE)}\n")
             self._stream.flush()
         except (OSError, ValueError):
             # Nobody reads us any more (a closed terminal, a pipe that broke). The service matters more.
@@ -72,7 +72,7 @@ class Log:
 
 def printable(text: str, longest: int = 500) -> str:
     """Return text that came from another process as one harmless line."""
-    return "".join(char if char.isprintable() else "?" for char in text[:longest])
+    return "".join(char if char.isprintable() or char == "\t" else "?" for char in text[:longest])
 
 
 def _is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:

@@ -100,7 +100,6 @@ def test_what_was_said_during_a_slow_dial_arrives(run_gate: Callable[..., Gate])
             assert read_to_end(client) == b"got it"
 
 
-@pytest.mark.xfail(strict=True, reason="a full unix backlog counts as a failed dial")
 def test_a_busy_unix_backend_is_waited_for(run_gate: Callable[..., Gate], folder: Path) -> None:
     """A unix backend whose queue is full for a moment is no failure, as it is none over TCP."""
     port, path = free_port(), folder / "busy.sock"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.backends import TcpBackend, UdpBackend, banner
-from tests.support.clients import Sources, ask
+from tests.support.clients import Sources, ask, nobody_listens
 from tests.support.gate import Gate
 from tests.support.load import Load
 from tests.support.ports import block, free_port
@@ -26,13 +26,6 @@ SOURCES = [f"127.0.{number}.1" for number in range(1, 40)]
 def open_policy(*listeners: str) -> str:
     """Return a policy that lets everybody in at these listeners."""
     return "listeners:\n" + "".join(f"  - {{{listener}}}\n" for listener in listeners) + "default: allow\n"
-
-
-def nobody_listens(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether the kernel itself refuses connections."""
-    with socket.socket() as client:
-        client.settimeout(5)
-        return client.connect_ex((host, port)) != 0
 
 
 def test_a_listener_gets_another_backend_and_another_name(run_gate: Callable[..., Gate]) -> None:
@@ -204,27 +197,3 @@ def test_a_unix_listener_after_a_crash_and_after_a_reload(run_gate: Callable[...
             assert ask(client) == b"are you there?"
         assert again.reload(open_policy(web))["success"] is True
         until(lambda: not path.exists(), "the socket file is gone")
-
-
-def test_a_stop_before_it_serves(folder: Path) -> None:
-    """SIGTERM while it is still starting ends it in order, with nothing left running."""
-    with TcpBackend() as backend:
-        port = free_port()
-        for number in range(3):
-            home = folder / str(number)
-            home.mkdir()
-            gate = Gate(home, open_policy(f"name: web, listen: '127.0.0.1:{port}', backend: '{backend.address}'"), workers=2)
-            try:
-                until(lambda gate=gate: installs_handlers(gate.pid), "it handles signals")  # type: ignore[misc]
-                gate.signal(signal.SIGTERM)
-                assert gate.wait() == 0, gate.output()
-            finally:
-                gate.stop()
-            assert nobody_listens(port)
-
-
-def installs_handlers(pid: int) -> bool:
-    """Whether a process catches SIGTERM."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) & 1 << (signal.SIGTERM - 1))

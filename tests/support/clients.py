@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import select
 import socket
+import sys
+import termios
 from collections.abc import Iterable
 
 from tests.support.network import RemoteNetwork
@@ -94,6 +97,35 @@ def seen_over_tcp(connection: socket.socket) -> str:
         return "allow" if ask(connection, b"ping") == b"ping" else "end"
     except (ConnectionResetError, BrokenPipeError):
         return "silence"
+
+
+class Pair:
+    """A client and the backend's end of its session, through a gate."""
+
+    def __init__(self, port: int, server: socket.socket) -> None:
+        self.client = Sources().connect("127.0.0.1", "127.0.0.1", port)
+        self.backend, _peer = server.accept()
+        self.backend.settimeout(PATIENCE_S)
+
+    def ends(self, backend_first: bool) -> tuple[socket.socket, socket.socket]:
+        """Return (this end, the other end)."""
+        return (self.backend, self.client) if backend_first else (self.client, self.backend)
+
+    def close(self) -> None:
+        self.client.close()
+        self.backend.close()
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Return how many bytes the other host has not acknowledged yet (SIOCOUTQ)."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+def nobody_listens(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether the kernel itself refuses connections."""
+    with socket.socket() as client:
+        client.settimeout(PATIENCE_S)
+        return client.connect_ex((host, port)) != 0
 
 
 def close_all(sockets: Iterable[socket.socket]) -> None:

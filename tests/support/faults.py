@@ -286,12 +286,12 @@ class Stage:
         try:
             if mask & ~select.EPOLLOUT:
                 self._read(peer)
-            if mask & select.EPOLLOUT and peer.outcome is Outcome.LIVE:
+            if mask & select.EPOLLOUT:
                 self._write(peer)
         except BlockingIOError:
             pass
-        except OSError:  # reset, or a broken pipe where there was a reset before
-            self._done(peer, Outcome.RESET)
+        except OSError:
+            self._lost(peer)
         if peer.outcome is Outcome.LIVE:
             if peer.plan.stalls and self._chance.random() < peer.plan.stalls:
                 self._pause(peer, self._chance.random() * peer.plan.stall_s)
@@ -310,12 +310,19 @@ class Stage:
                     peer.ended = True
                     peer.sock.shutdown(socket.SHUT_WR)
         except OSError:
-            self._done(peer, Outcome.RESET)
+            self._lost(peer)
             return
         if peer.other_ended and (peer.ended or plan.then is Then.STAY):
             self._done(peer, Outcome.FINISHED)
             return
         self._watch(peer)
+
+    def _lost(self, peer: Peer) -> None:
+        """It was reset; a reset that was met while writing may have data before it that was not read yet."""
+        with contextlib.suppress(OSError):
+            while peer.plan.reads and not peer.other_ended:
+                self._read(peer)
+        self._done(peer, Outcome.RESET)
 
     def _reset_when_acknowledged(self, peer: Peer) -> None:
         now = time.monotonic()
@@ -357,6 +364,8 @@ class Stage:
             plan = peer.listening.plan  # type: ignore[attr-defined]
             if not peer.known:
                 peer.plan, peer.known = plan(peer.number), True
+                if peer.plan.receive_buffer is not None:
+                    peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, peer.plan.receive_buffer)
             if len(data) > missing:
                 peer.wrong_at = wrong_at(2 * peer.number, NAME_BYTES, data[missing:])
 

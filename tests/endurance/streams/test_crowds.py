@@ -20,6 +20,7 @@ from tests.support.wait import until
 MIB = 1 << 20
 CHUNK_KIB = 16  # what a direction holds at most in the worker's own memory while its reader stalls
 SLACK_KIB = 16 << 10
+STALLS = 10  # in a session, about, on each side
 
 
 def open_policy(port: int, backend: str, more: str = "") -> str:
@@ -36,24 +37,29 @@ def plans(count: int, most: int) -> list[tuple[Plan, Plan]]:
             return most
         return int(NAME_BYTES * math.exp(chance.random() * math.log(most / NAME_BYTES)))
 
-    def plan(number: int) -> Plan:
+    def plan(number: int, sends: int, reads: int) -> Plan:
+        largest = 1 << chance.randrange(8, 19)
+        usual = largest / math.log(largest)
         return Plan(
-            sends=size(),
-            slices=(1, 1 << chance.randrange(8, 19)),
+            sends=sends,
+            slices=(1, largest),
             latency_s=chance.random() * 0.2,
-            stalls=0.02,
+            stalls=min(0.5, STALLS * usual / (sends + reads)),
             stall_s=0.2,
             receive_buffer=4096 if number % 3 == 0 else None,
         )
 
-    return [(plan(number), plan(number + 1)) for number in range(count)]
+    sizes = [(size(), size()) for _ in range(count)]
+    return [
+        (plan(number, asks, answers), plan(number, answers, asks)) for number, (asks, answers) in enumerate(sizes)
+    ]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_a_crowd_gets_every_byte(run_gate: Callable[..., Gate], folder: Path, long: bool, kind: str) -> None:
     """Both ways at once, from one byte to megabytes, a third with 4 KiB receive buffers: all whole, memory bounded."""
-    count, most = (2000, 4 * MIB) if long else (200, MIB // 2)
+    count, most = (2000, 4 * MIB) if long else (150, MIB // 4)
     planned = plans(count, most)
     port = free_port()
     with Stage() as stage:
