@@ -7,6 +7,7 @@ a program that the verifier refuses is a `Refused`, which carries the verifier's
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -47,6 +48,14 @@ _PROGRAM_INFO_BYTES = 208
 _RUN_TIME_AT = 192  # in struct bpf_prog_info: run_time_ns, then run_cnt
 _CONTEXT_BYTES = 72  # struct bpf_sk_lookup
 
+_ADVICE = {
+    errno.EPERM: "it takes CAP_BPF and CAP_NET_ADMIN outside of user namespaces (systemd: AmbientCapabilities=CAP_BPF "
+    "CAP_NET_ADMIN), and a seccomp profile that allows bpf",
+    errno.EINVAL: "it takes Linux 5.9 or newer",
+    errno.ENOSYS: "it takes a kernel with CONFIG_BPF_SYSCALL, on x86-64 or arm64",
+    errno.ENOMEM: "the table does not fit into memory",
+}
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -60,9 +69,9 @@ class Refused(OSError):
         self.listing = listing
 
 
-def supported() -> bool:
-    """Whether we know this machine's number of bpf(2)."""
-    return platform.machine() in _NUMBERS
+def advice(err: OSError) -> str:
+    """Return what is probably missing when a call fails like this; empty when we do not know."""
+    return _ADVICE.get(err.errno or 0, "")
 
 
 def create_map(kind: int, key_bytes: int, value_bytes: int, entries: int, flags: int = 0) -> int:
@@ -244,7 +253,7 @@ def _bpf(command: int, attributes: bytes, what: str) -> int:
 def _call(command: int, attributes: ctypes.Array[ctypes.c_char], what: str) -> int:
     number = _NUMBERS.get(platform.machine())
     if number is None:
-        raise OSError(38, f"{what}: not on {platform.machine()}")
+        raise OSError(errno.ENOSYS, f"{what}: not on {platform.machine()}")
     result = int(_libc.syscall(
         ctypes.c_long(number), ctypes.c_long(command), ctypes.c_void_p(ctypes.addressof(attributes)),
         ctypes.c_ulong(len(attributes)),

@@ -6,10 +6,11 @@
     default     {"action", "file", "line"}
     rules       [{"name", "action", "file", "line"}]
     listeners   [{"name", "protocol", "connect_timeout_s", "idle_timeout_s", "half_close_timeout_s",
-                  "max_responses", "max_sessions", "over_detail": detail index of a refusal by max_sessions}]
+                  "max_responses", "max_sessions", "over_detail": detail index of a refusal by max_sessions,
+                  "on_exit": null, or where the kernel guards what others listen at: closed or open}]
     endpoints   [{"listener": index, "key", "protocol", "family", "host", "port", "address", "row": matrix row,
                   "backend": {"family", "host", "port", "text"}}]     one for each socket, file order
     details     [[listener index, rule index or null, action, reason]]
-    settings    {"workers", "metrics": {"family", "host", "port"} or null, "control", "audit", "state"}
+    settings    {"workers", "metrics": {"family", "host", "port"} or null, "control", "audit", "state", "kernel"}
     files       [path]
 """
