@@ -45,6 +45,7 @@ _LICENSE = b"Apache-2.0"
 _LOG_BYTES = 1 << 20
 _LOG_SHOWN_BYTES = 4000  # its end says what is wrong
 _PROGRAM_INFO_BYTES = 208
+_LINK_INFO_BYTES = 32  # type, id, program id, then what depends on the type
 _RUN_TIME_AT = 192  # in struct bpf_prog_info: run_time_ns, then run_cnt
 _CONTEXT_BYTES = 72  # struct bpf_sk_lookup
 
@@ -196,8 +197,12 @@ def pinned(path: str) -> int:
 
 def program_of(link: int) -> int:
     """Return the id of the program that a link holds."""
-    info = _info(link, 32)  # type, id, prog_id, and what depends on the type
-    return int(struct.unpack_from("=III", info)[2])
+    return int(struct.unpack_from("=III", _info(link, _LINK_INFO_BYTES))[2])
+
+
+def namespace_of(link: int) -> int:
+    """Return the inode of the network namespace that a link is for, 0 when that is gone."""
+    return int(struct.unpack_from("=IIIxxxxI", _info(link, _LINK_INFO_BYTES))[3])
 
 
 def program_id(program: int) -> int:

@@ -33,6 +33,7 @@ COUNT_EVERY_S = 1.0
 LINGER_S = 1.0  # a packet that is being judged while programs are swapped is counted by the old one
 NAMESPACE = "/proc/self/ns/net"
 NO_ADDRESS = bytes(16)
+_OTHERS = "another sk_lookup program judges in this network namespace (`bpftool net`), and may let in what we refuse"
 PINS = "/sys/fs/bpf/gatekeeper"
 
 
@@ -47,7 +48,7 @@ class Enforcer:
         """
         self.others = 0  # programs that were there before us
         self._loop = loop
-        self._link = -1
+        self._namespace = self._link = -1
         self._judge: Judge | None = None
         self._policy: Accepted | None = None
         self._leaving: list[tuple[Judge, Accepted]] = []  # swapped out, not counted to the end yet
@@ -60,6 +61,9 @@ class Enforcer:
             self.others = len(set(bpf.attached(self._namespace)) - ours)
             self._common = Common()
         except OSError as err:
+            for fd in (self._namespace, self._link):
+                if fd >= 0:
+                    os.close(fd)
             raise KernelError(_why_not(err)) from err
         self.counters_fd = memfd.create("gatekeeper-kernel", CAPACITY_BYTES)
         self._memory = mmap.mmap(self.counters_fd, CAPACITY_BYTES)
@@ -77,33 +81,25 @@ class Enforcer:
         """
         enforcer = cls(loop)
         try:
+            judge = enforcer.load(policy, alone=alone)
             if enforcer.others:
-                enforcer.complain(alone=alone, warn=warn)
-            enforcer.attach(enforcer.load(policy), policy)
+                warn(_OTHERS)
+            enforcer.attach(judge, policy)
         except KernelError:
             enforcer.close()
             raise
         return enforcer
 
-    def complain(self, *, alone: bool, warn: Callable[[str], None]) -> None:
-        """Say that somebody else's program judges here too; with ``alone`` that is an error.
-
-        Raises:
-            KernelError: it is.
-        """
-        text = "another sk_lookup program judges in this network namespace (`bpftool net`), and may let in what we refuse"
-        if alone:
-            raise KernelError(text)
-        warn(text)
-
-    def load(self, policy: Accepted) -> Judge:
+    def load(self, policy: Accepted, *, alone: bool = False) -> Judge:
         """Return the program for a policy, loaded but not in force. The caller puts it in force or discards it.
+
+        ``alone``: it must not be if somebody else's program judges here too; for one that guards that goes without saying.
 
         Raises:
             KernelError: the kernel does not take it, or it guards and cannot be relied on.
         """
-        if self.others and any(how_guarded(policy)):
-            self.complain(alone=True, warn=str)
+        if self.others and (alone or how_guarded(policy)):
+            raise KernelError(_OTHERS)
         try:
             # Not closed by hand: the mapping goes with the last view of it.
             snapshot = Snapshot(memoryview(mmap.mmap(policy.snapshot_fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)))
@@ -158,16 +154,17 @@ class Enforcer:
 
     def guards(self) -> bool:
         """Whether somebody else's listeners are under our policy."""
-        return self._policy is not None and any(how_guarded(self._policy))
+        return self._policy is not None and bool(how_guarded(self._policy))
 
     def detach(self) -> None:
         """Take the program out of force, unless it is pinned, and tell what is left to tell."""
         if self._link >= 0:
-            self._loop.unwatch(self._common.ring.fileno())
             os.close(self._link)
             self._link = -1
-            self._hear()
-            self._count_all()
+            if self._judge is not None:
+                self._loop.unwatch(self._common.ring.fileno())
+                self._hear()
+                self._count_all()
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -188,9 +185,14 @@ class Enforcer:
     def _left_behind(self) -> int:
         """Return the link that an earlier run has pinned for this network namespace, -1 when there is none."""
         try:
-            return bpf.pinned(self._pin)
+            link = bpf.pinned(self._pin)
         except FileNotFoundError:
             return -1
+        if bpf.namespace_of(link) == os.fstat(self._namespace).st_ino:
+            return link
+        os.close(link)  # of a namespace that is gone and had the same number
+        os.unlink(self._pin)
+        return -1
 
     def _keep(self, policy: Accepted) -> None:
         """Pin the link if the policy is to outlive us.
