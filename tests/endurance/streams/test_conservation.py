@@ -89,7 +89,7 @@ def test_the_books_agree_after_mixed_faults(run_gate: Callable[..., Gate], long:
             total = sum(event[f"bytes_{direction}"] for event in events.values())
             assert scrape.value("gatekeeper_session_bytes_total", direction=direction) == total
 
-        behind = {peer.number: peer for peer in echoing.peers if peer.number is not None}
+        behind = {peer.number: peer for peer in echoing.peers}
         for door, client in doors:
             if door == "echoing":
                 agree(client, behind.get(client.number), events[client.local])
