@@ -51,6 +51,23 @@ def _costs(records: Records, names: list[str]) -> str:
     return _compared(records, names, "cpu")
 
 
+def _summary(records: Records, names: list[str]) -> str:
+    """The cheapest peer of each work, and where gatekeeper stands beside it: level when 1 lies within the spread."""
+    rows = [["work", "cheapest peer", "gatekeeper ÷ it", "", "difference"]]
+    for name in names:
+        record = records[name]
+        ratios = {peer: record["ratios"][peer] for peer in PEERS if peer in record["ratios"]}
+        if not ratios or "gatekeeper" not in record["systems"]:
+            continue
+        cheapest = max(ratios, key=lambda peer: ratios[peer]["median"])
+        stands = "ahead" if ratios[cheapest]["p90"] < 1 else "behind" if ratios[cheapest]["p10"] > 1 else "level"
+        scale, unit = _scale(record)
+        ours, theirs = (record["systems"][one]["cpu_us"]["median"] / scale for one in ("gatekeeper", cheapest))
+        difference = f"{ours - theirs:+.1f} {unit}/{record['unit']}"
+        rows.append([name, cheapest, ratio(ratios[cheapest]), stands, difference])
+    return table(rows)
+
+
 def _machine(records: Records, names: list[str]) -> str:
     return _compared(records, names, "machine")
 
@@ -108,6 +125,7 @@ def _of(scenarios: Any, make: Any) -> Any:
 
 
 BLOCKS = {
+    "summary": _of((*SINGLE, *TWO), _summary),
     "costs": _of(SINGLE, _costs),
     "whole machine": _of(SINGLE, _machine),
     "rates": _of((*SINGLE, *TWO), _rates),

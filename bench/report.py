@@ -101,6 +101,16 @@ def _calls(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _where(record: dict[str, Any]) -> list[list[str]]:
+    kinds = list(next(iter(record["systems"].values()))["shares"])
+    rows = [["", "µs", *kinds, "in the kernel"]]
+    for name, figures in record["systems"].items():
+        shares = figures["shares"]
+        parts = [f"{figures['cpu_us'] * shares[kind]:.1f}" for kind in kinds]
+        rows.append([name, f"{figures['cpu_us']:.1f}", *parts, f"{100 * (1 - shares[kinds[0]]):.0f} %"])
+    return rows
+
+
 def _load(record: dict[str, Any]) -> list[list[str]]:
     rows = [["", "order", "wall s, median", "best", "CPU s, best", "peak MiB"]]
     for run in record["runs"]:
@@ -115,7 +125,7 @@ def _verdict(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-ROWS = {"idle": _idle, "fairness": _fairness, "syscalls": _calls, "load": _load, "verdict": _verdict}
+ROWS = {"idle": _idle, "fairness": _fairness, "syscalls": _calls, "where": _where, "load": _load, "verdict": _verdict}
 
 
 def scenario_table(record: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from bench import syscalls, tables
+from bench import tables
 from bench.beside import fairness
 from bench.document import write_documents
 from bench.envoy import start_envoy
@@ -30,8 +30,10 @@ from bench.peers import (
 )
 from bench.processes import BenchError
 from bench.report import heading, machine, scenario_table
-from bench.scenarios import CALLS, FAIRNESS, GROUPS, IDLE, LOAD, NAMES, SCENARIOS, VERDICT, Scenario, that_fit
+from bench.scenarios import CALLS, FAIRNESS, GROUPS, IDLE, LOAD, NAMES, SCENARIOS, VERDICT, WHERE, Scenario, that_fit
+from bench.syscalls import system_calls
 from bench.turns import compare, idle_memory
+from bench.where import where_it_goes
 
 DEFAULT_PEERS = ("haproxy", "nginx", "envoy")
 
@@ -166,7 +168,7 @@ class Run:
         """Run what is wanted."""
         for workers in (1, 2):
             scenarios = [one for one in SCENARIOS if one.workers == workers and one.name in self.wanted]
-            others = [name for name in (IDLE, FAIRNESS, CALLS) if name in self.wanted and workers == 1]
+            others = [name for name in (IDLE, FAIRNESS, CALLS, WHERE) if name in self.wanted and workers == 1]
             if scenarios or others:
                 self.with_workers(workers, scenarios, others)
         rounds = min(self.options.turns, 15)
@@ -192,11 +194,12 @@ class Run:
                 self.done(compare(systems, that_fit(scenario), program, options.turns, options.seconds, progress))
             if FAIRNESS in others:
                 self.done(fairness(systems, program, options.turns, options.seconds, progress))
-            if CALLS in others:
-                try:
-                    self.done(syscalls.system_calls(systems, program, self.directory, progress))
-                except BenchError as err:
-                    print(f"left out: {err}", file=sys.stderr)
+            for name, measured in ((CALLS, system_calls), (WHERE, where_it_goes)):
+                if name in others:
+                    try:
+                        self.done(measured(systems, program, self.directory, progress))
+                    except BenchError as err:
+                        print(f"left out: {err}", file=sys.stderr)
             insist(systems[0].name, self.document)
         finally:
             stop_systems(systems)

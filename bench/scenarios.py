@@ -58,9 +58,9 @@ GROWTH = tuple(replace(each, name=f"{each.name}-open-{idle}", idle=idle) for eac
 SCENARIOS = (*SINGLE, *GROWTH, *TWO)
 
 # Measured in ways of their own.
-IDLE, FAIRNESS, CALLS, LOAD, VERDICT = "idle", "fairness", "syscalls", "load", "verdict"
+IDLE, FAIRNESS, CALLS, WHERE, LOAD, VERDICT = "idle", "fairness", "syscalls", "where", "load", "verdict"
 GROUPS = {"growth": tuple(one.name for one in GROWTH), "workers-2": tuple(one.name for one in TWO)}
-NAMES = (IDLE, *(scenario.name for scenario in SCENARIOS), FAIRNESS, CALLS, LOAD, VERDICT)
+NAMES = (IDLE, *(scenario.name for scenario in SCENARIOS), FAIRNESS, CALLS, WHERE, LOAD, VERDICT)
 
 
 def that_fit(scenario: Scenario) -> Scenario:
