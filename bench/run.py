@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--write-docs",
         action="store_true",
-        help="put tables and plots into docs/performance.md; what was not measured this time stays as it was",
+        help="put tables and plots into docs/performance.md",
     )
     made.add_argument("--from", dest="source", metavar="FILE", help="measure nothing: take what --json wrote before")
     made.add_argument("--keep", metavar="DIR", help="use DIR for configurations and logs and leave them there")
@@ -215,6 +215,8 @@ def insist(subject: str, document: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Return 0, or 3 when the comparison could not be made."""
     options = parser().parse_args(argv)
+    if options.write_docs and (options.only or options.no_gatekeeper or options.gatekeeper or options.worker_alone):
+        parser().error("--write-docs is for a run of everything: all figures of the page are of one run")
     if options.worker_alone:
         options.gatekeeper = f"{shlex.quote(sys.executable)} {WORKER_ALONE}"
     raise_file_limit()
@@ -225,6 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.source:
             with open(options.source) as file:
                 document = json.load(file)
+            print("\n\n".join([heading(document), *map(scenario_table, document["scenarios"])]))
         else:
             document = Run(options, compile_load(directory), directory).measure()
         if options.json:
