@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.endurance.faults.watch import Steady, open_policy, share_of_a_core, stream
+from tests.supervisor.service import Service
 from tests.support import need
 from tests.support.backends import TcpBackend
 from tests.support.clients import Sources, ask
@@ -32,7 +32,6 @@ from tests.support.plain_user import plain_user
 from tests.support.ports import free_port
 from tests.support.process import children, command_line, is_running
 from tests.support.wait import until
-from tests.supervisor.service import Service
 
 LIMITED = str(Path(__file__).parent / "limited_worker.py")
 RunGate = Callable[..., Gate]
@@ -40,6 +39,7 @@ RunGate = Callable[..., Gate]
 
 @pytest.fixture
 def backend() -> Iterator[TcpBackend]:
+    """An echo service."""
     with TcpBackend() as made:
         yield made
 
@@ -94,7 +94,7 @@ class TestDescriptors:
             said = len(gate.output().splitlines())
             began = time.monotonic()
             while crowd:
-                until(lambda: served(crowd), "somebody is served")
+                until(lambda crowd=crowd: served(crowd), "somebody is served")  # type: ignore[misc]
                 for client in served(crowd):
                     client.close()
                 crowd = [client for client in crowd if client.fileno() >= 0]
@@ -270,7 +270,7 @@ class TestMemory:
         """What cannot be had costs sessions or a worker, never the service: once the crowd has left it serves."""
         port = free_port()
         with socket.create_server(("127.0.0.1", 0), backlog=4096) as crowded:
-            text = open_policy(port, "127.0.0.1:{}".format(crowded.getsockname()[1]))
+            text = open_policy(port, f"127.0.0.1:{crowded.getsockname()[1]}")
             with limited(folder, text) as service:
                 (worker,) = limited_workers(service)
                 size = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
