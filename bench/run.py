@@ -171,7 +171,7 @@ class Run:
             others = [name for name in (IDLE, FAIRNESS, CALLS, WHERE) if name in self.wanted and workers == 1]
             if scenarios or others:
                 self.with_workers(workers, scenarios, others)
-        rounds = min(self.options.turns, 15)
+        rounds = min(self.options.turns, 9)  # a round takes ten seconds
         if LOAD in self.wanted:
             progress("loading big lists")
             self.done(tables.loading(rounds))
