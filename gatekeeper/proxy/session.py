@@ -195,6 +195,8 @@ class TcpSession:
 
     def sweep(self, now: float) -> None:
         """See `gate.Session.sweep`."""
+        if self.gate.shared.sessions.get(self.client.fd) is not self:
+            return  # it has ended since the round began, and its descriptors may be another's by now
         moved_in, moved_out = self.client.received, self.backend.received if self.backend is not self.client else 0
         if moved_in != self.reported_in or moved_out != self.reported_out:
             self.active_s = now
@@ -223,8 +225,9 @@ class TcpSession:
         """See `gate.Session.finish`. Whoever was not told the end of its stream gets a reset, unless both were FINISHED."""
         shared = self.gate.shared
         client, backend = self.client, self.backend
-        if shared.sessions.pop(client.fd, None) is None:
+        if shared.sessions.get(client.fd) is not self:
             return
+        del shared.sessions[client.fd]
         shared.due.pop(client.fd, None)
         handlers = shared.loop.handlers
         legs = (client,) if backend is client else (client, backend)

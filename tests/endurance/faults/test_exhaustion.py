@@ -223,7 +223,13 @@ class TestAudit:
             assert load.failures == []
             assert gate.output().count("the audit log cannot be written") == 1
             written = disk / "audit.jsonl"
-            until(lambda: written.read_text().count('"connection"') == load.done, "every session is in the log")
+
+            def complete() -> bool:
+                sessions = written.read_text().count('"event_type":"connection"')
+                assert sessions == load.done, f"{sessions} in the log, {load.done} were there"
+                return True
+
+            until(complete, "every session is in the log")
             assert gate.scrape().value("gatekeeper_events_lost_total") == 0
             gate.stop()
         finally:

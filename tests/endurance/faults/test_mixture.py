@@ -146,6 +146,7 @@ def conserved(scene: Scene, mixture: Mixture, before: float) -> None:
     errors = seen.value("gatekeeper_accept_errors_total")
     print(f"{mixture.connected} connected, {judged:g} judged, {errors:g} errors, {mixture.right} right, {mixture.cut} cut,",
           f"{scene.deaths} workers died, {scene.reloads} reloads")  # fmt: skip
+    print("\n".join(line for line in scene.gate.output().splitlines() if "error" in line))
     assert 0 <= mixture.connected - (judged + errors) <= scene.deaths
     allowed = seen.value("gatekeeper_connections_total", action="allow")
     assert seen.value("gatekeeper_session_ends_total", listener="door") == allowed
