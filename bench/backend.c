@@ -127,33 +127,29 @@ static void echo_datagrams(int fd) {
     }
 }
 
-static int open_socket(int type, const char *host, unsigned *port) {
+static int open_socket(int type, const char *host, const char *port) {
     char text[80];
-    snprintf(text, sizeof text, "%s:0", host);
+    snprintf(text, sizeof text, "%s:%s", host, port);
     struct sockaddr_in address = loopback(text);
-    socklen_t length = sizeof address;
     int fd = socket(AF_INET, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), bytes = 16 << 20;
     if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) < 0) die("bind");
     if (type == SOCK_STREAM && listen(fd, 4096) < 0) die("listen");
     /* The backend must not be what loses datagrams; beyond rmem_max only where that is allowed. */
     if (type == SOCK_DGRAM && setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &bytes, sizeof bytes) < 0)
         setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes);
-    getsockname(fd, (struct sockaddr *)&address, &length);
-    *port = ntohs(address.sin_port);
     return fd;
 }
 
-int backend(const char *host) {
+int backend(const char *host, const char *tcp_port, const char *udp_port) {
     struct rlimit files;
     struct epoll_event events[256];
-    unsigned tcp_port, udp_port;
     getrlimit(RLIMIT_NOFILE, &files);
     connections = calloc(files.rlim_cur < 200000 ? files.rlim_cur : 200000, sizeof *connections);
     poller = epoll_create1(EPOLL_CLOEXEC);
-    int tcp = open_socket(SOCK_STREAM, host, &tcp_port), udp = open_socket(SOCK_DGRAM, host, &udp_port);
+    int tcp = open_socket(SOCK_STREAM, host, tcp_port), udp = open_socket(SOCK_DGRAM, host, udp_port);
     epoll_ctl(poller, EPOLL_CTL_ADD, tcp, &(struct epoll_event){.events = EPOLLIN, .data.fd = tcp});
     epoll_ctl(poller, EPOLL_CTL_ADD, udp, &(struct epoll_event){.events = EPOLLIN, .data.fd = udp});
-    printf("{\"tcp\": %u, \"udp\": %u}\n", tcp_port, udp_port);
+    printf("{\"ready\": true}\n");
     fflush(stdout);
     for (;;) {
         int count = epoll_wait(poller, events, 256, -1);

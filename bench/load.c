@@ -1,11 +1,11 @@
 /*
  * Load generator and echo backend of the benchmark; bench/native.py compiles and drives it.
  *
- *   load backend HOST                       TCP and UDP echo on free ports, printed as {"tcp": port, "udp": port}
+ *   load backend HOST TCP_PORT UDP_PORT     TCP and UDP echo
  *   load MODE HOST:PORT CLIENTS [SIZE]      connect-close | round-trip | up | down | both | refused | idle | udp
  *
- * A generator prints {"ready": true} once its connections stand. Then each line "SECONDS MAX_UNITS" on stdin is one
- * turn, answered by one JSON line when everything under way has ended; connections stay open between turns. It ends with stdin.
+ * Each prints {"ready": true}, a generator once its connections stand. For a generator each line "SECONDS MAX_UNITS" on stdin is then
+ * one turn, answered by one JSON line when everything under way has ended; connections stay open between turns. It ends with stdin.
  */
 #include "load.h"
 
@@ -37,9 +37,9 @@ int main(int argc, char **argv) {
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);
-    if (argc == 3 && strcmp(argv[1], "backend") == 0) return backend(argv[2]);
+    if (argc == 5 && strcmp(argv[1], "backend") == 0) return backend(argv[2], argv[3], argv[4]);
     if (argc < 4 || argc > 5) {
-        fprintf(stderr, "usage: load backend HOST | load MODE HOST:PORT CLIENTS [SIZE]\n");
+        fprintf(stderr, "usage: load backend HOST TCP_PORT UDP_PORT | load MODE HOST:PORT CLIENTS [SIZE]\n");
         return 2;
     }
     struct sockaddr_in target = loopback(argv[2]);

@@ -72,7 +72,7 @@ static inline struct sockaddr_in loopback(const char *text) {
     return address;
 }
 
-int backend(const char *host);
+int backend(const char *host, const char *tcp_port, const char *udp_port);
 int tcp_clients(const char *mode, struct sockaddr_in target, unsigned clients, unsigned size);
 int udp_clients(struct sockaddr_in target, unsigned clients, unsigned size);
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-from bench.processes import BenchError, stop
+from bench.processes import BenchError, free_port, stop
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = ("load.c", "backend.c", "clients.c", "datagrams.c")
@@ -29,13 +30,23 @@ def compile_load(directory: str) -> str:
 
 
 class Backend:
-    """An echo backend on its own ports: one for each system, so that none inherits another's TIME_WAIT sockets."""
+    """An echo backend on its own ports: one for each system, so that none inherits another's TIME_WAIT sockets.
+
+    Like a service's, its ports lie below the range from which clients get theirs.
+    """
 
     def __init__(self, program: str) -> None:
-        self.process = subprocess.Popen([program, "backend", "127.0.0.1"], stdout=subprocess.PIPE)
-        ports = json.loads(_line(self.process, "backend"))
-        self.tcp: int = ports["tcp"]
-        self.udp: int = ports["udp"]
+        for last in (False, False, True):
+            self.tcp = free_port()
+            self.udp = free_port(socket.SOCK_DGRAM)
+            command = [program, "backend", "127.0.0.1", str(self.tcp), str(self.udp)]
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
+            try:
+                _line(self.process, "backend")
+                return
+            except BenchError:  # somebody else took one of the ports in between
+                if last:
+                    raise
 
     def close(self) -> None:
         stop(self.process)
@@ -64,9 +75,17 @@ class Generator:
 
     def turn(self, seconds: float, max_units: int = 1 << 62) -> Result:
         """Drive for ``seconds`` and return once everything under way has ended."""
+        self.begin(seconds, max_units)
+        return self.end()
+
+    def begin(self, seconds: float, max_units: int = 1 << 62) -> None:
+        """Begin a turn; ``end`` waits for it."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{seconds} {max_units}\n".encode())
         self.process.stdin.flush()
+
+    def end(self) -> Result:
+        """Return what the turn did that was begun."""
         fields: dict[str, Any] = json.loads(_line(self.process, self.what))
         return Result(**fields)
 

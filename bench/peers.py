@@ -1,4 +1,4 @@
-"""The systems under comparison, each with one worker and an equivalent configuration, on free ports of 127.0.0.1.
+"""The systems under comparison, with equally many workers and equivalent configurations, on free ports of 127.0.0.1.
 
 Peers carry no rules and log nothing: that is the cheapest they can be. gatekeeper runs as a default deployment does, with 1,000 rules,
 idle timeouts, metrics and an audit log in a file.
@@ -101,14 +101,14 @@ def ports_for(*kinds: str) -> dict[str, int]:
     return {kind: free_port(socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM) for kind in kinds}
 
 
-def start_direct(backend: Backend, directory: str) -> System:
+def start_direct(backend: Backend, directory: str, workers: int) -> System:
     """No proxy at all: what load generator and backend cost."""
-    del directory
+    del directory, workers
     return System("direct", "", backend, {"tcp": backend.tcp, "udp": backend.udp})
 
 
-def start_haproxy(backend: Backend, directory: str) -> System:
-    """One thread; a second listener with forced splice, a third that rejects."""
+def start_haproxy(backend: Backend, directory: str, workers: int) -> System:
+    """A thread for each worker; a second listener with forced splice, a third that rejects."""
     if shutil.which("haproxy") is None:
         raise BenchError("haproxy is not installed (Debian package haproxy)")
     ports = ports_for("tcp", "splice", "refused")
@@ -116,7 +116,7 @@ def start_haproxy(backend: Backend, directory: str) -> System:
     sessions = (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200 - 2 * pipes) // 2
     server = f"server backend 127.0.0.1:{backend.tcp}"
     text = f"""global
-    nbthread 1
+    nbthread {workers}
     maxconn {sessions}
     maxpipes {pipes}
 defaults
@@ -144,27 +144,29 @@ listen refused
     return System("haproxy", version[1] if version else "unknown", backend, ports, process)
 
 
-def start_nginx(backend: Backend, directory: str) -> System:
-    """One worker and its master; half-closes forwarded, UDP with as large a receive buffer as the host allows."""
+def start_nginx(backend: Backend, directory: str, workers: int) -> System:
+    """Workers and their master; half-closes forwarded, UDP with as large a receive buffer as the host allows."""
     if shutil.which("nginx") is None:
         raise BenchError("nginx is not installed (Debian packages nginx and libnginx-mod-stream)")
     module = next((path for path in NGINX_STREAM if os.path.exists(path)), None)
     ports = ports_for("tcp", "udp", "refused")
     connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200
+    # As gatekeeper's: without it one worker gets nearly all connections.
+    shared = " reuseport" if workers > 1 else ""
     to_backend = f"proxy_pass 127.0.0.1:{backend.tcp};"
     text = f"""{f"load_module {module};" if module else ""}
 {"user root;" if os.geteuid() == 0 else ""}
 daemon off;
-worker_processes 1;
+worker_processes {workers};
 pid {directory}/nginx.pid;
 error_log {directory}/nginx.log;
 events {{ worker_connections {connections}; }}
 stream {{
     proxy_half_close on;
     proxy_timeout 1h;
-    server {{ listen 127.0.0.1:{ports["tcp"]} backlog=4096; {to_backend} }}
-    server {{ listen 127.0.0.1:{ports["refused"]} backlog=4096; deny all; {to_backend} }}
-    server {{ listen 127.0.0.1:{ports["udp"]} udp rcvbuf=4m; proxy_timeout 60s; proxy_pass 127.0.0.1:{backend.udp}; }}
+    server {{ listen 127.0.0.1:{ports["tcp"]} backlog=4096{shared}; {to_backend} }}
+    server {{ listen 127.0.0.1:{ports["refused"]} backlog=4096{shared}; deny all; {to_backend} }}
+    server {{ listen 127.0.0.1:{ports["udp"]} udp rcvbuf=4m{shared}; proxy_timeout 60s; proxy_pass 127.0.0.1:{backend.udp}; }}
 }}
 """
     path = write(directory, "nginx.conf", text)
@@ -173,7 +175,7 @@ stream {{
     return System("nginx", output("nginx", "-v").rpartition("/")[2], backend, ports, process)
 
 
-def rule_file(ports: dict[str, int], backend: Backend, directory: str) -> str:
+def rule_file(ports: dict[str, int], backend: Backend, directory: str, workers: int) -> str:
     """A gatekeeper rule file with 1,000 rules, of which the last three decide what the benchmark sends."""
     rules = [
         f"  - {{name: net-{i:04}, action: {('allow', 'deny', 'drop')[i % 3]}, from: 10.{i // 200}.{i % 200}.0/24, "
@@ -181,7 +183,7 @@ def rule_file(ports: dict[str, int], backend: Backend, directory: str) -> str:
         for i in range(RULES - 2)
     ]
     return f"""version: 1
-workers: 1
+workers: {workers}
 metrics: {{listen: 127.0.0.1:{ports["metrics"]}}}
 audit: {directory}/audit.log
 listeners:
@@ -196,20 +198,20 @@ rules:
 """
 
 
-def start_gatekeeper(backend: Backend, directory: str, command: str | None = None) -> System:
-    """Start ``command`` (default: `gatekeeper run` of this checkout).
+def start_gatekeeper(backend: Backend, directory: str, workers: int, command: str | None = None) -> System:
+    """Start ``command`` (default: `gatekeeper run` of this checkout, by this interpreter).
 
     In it ``{config}`` stands for the rule file's path, and ``{tcp}``, ``{udp}``, ``{refused}``, ``{metrics}``, ``{backend_tcp}``,
     ``{backend_udp}`` for the ports in it, so that a worker can be driven without reading YAML.
     """
     ports = ports_for("tcp", "udp", "refused", "metrics")
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = write(directory, "gatekeeper.yaml", rule_file(ports, backend, directory))
+    path = write(directory, "gatekeeper.yaml", rule_file(ports, backend, directory, workers))
     line = shlex.split(command or f"{shlex.quote(sys.executable)} {RUN}")
     places = {"config": path, "backend_tcp": backend.tcp, "backend_udp": backend.udp, **ports}
     words = [re.sub(r"\{(\w+)\}", lambda found: str(places.get(found[1], found[0])), word) for word in line]
     process = start("gatekeeper", words, directory, ports["tcp"], cwd=home)
-    version = output(sys.executable, "-c", "import gatekeeper; print(gatekeeper.__version__)")
-    python = ".".join(str(part) for part in sys.version_info[:3])
+    told = "import gatekeeper, platform; print(gatekeeper.__version__, 'on Python', platform.python_version())"
+    version = output(sys.executable, "-c", told)
     roles = frozenset() if command else frozenset({"supervisor", "worker", "observer"})
-    return System("gatekeeper", f"{version} on Python {python}", backend, ports, process, roles)
+    return System("gatekeeper", version, backend, ports, process, roles)

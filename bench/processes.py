@@ -48,6 +48,20 @@ def cpu_ns(pids: list[int]) -> int:
     return total
 
 
+def ticks(pids: list[int]) -> tuple[int, int]:
+    """Clock ticks of ``pids`` in user space and in the kernel; exact enough only over seconds."""
+    user = kernel = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        user += int(fields[11])
+        kernel += int(fields[12])
+    return user, kernel
+
+
 def role(pid: int) -> str:
     """What a process is, in a word: the module that Python runs, or the words of its title that say it; "" when gone."""
     try:
@@ -94,7 +108,10 @@ def memory_bytes(pids: list[int]) -> dict[str, int]:
 
 def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
     """A port of 127.0.0.1 that was free a moment ago, below the range from which clients get theirs."""
-    for port in range(20000 + os.getpid() % 5000, 32000):
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        ephemeral = int(file.read().split()[0])
+    lowest = min(20000, max(1024, ephemeral - 12000))
+    for port in range(lowest + os.getpid() % 5000, min(ephemeral, 32000)):
         if port in _handed_out:
             continue
         with socket.socket(socket.AF_INET, kind) as probe:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.native import Generator
 from bench.peers import System
-from bench.processes import cpu_ns, memory_bytes, role, settle
+from bench.processes import cpu_ns, memory_bytes, role, settle, ticks
 from bench.scenarios import Scenario
 
 AGAIN = "nginx again"  # a second turn of nginx in every round: how far the method can be trusted
@@ -41,6 +41,7 @@ class Turn:
     units: float
     cores: float  # how many cores the system kept busy
     shares: dict[str, float]  # cpu_us by what the process is
+    ticks: tuple[int, int] = (0, 0)  # of the system, in user space and in the kernel
 
 
 def views(systems: Sequence[System], scenario: Scenario) -> list[View]:
@@ -51,7 +52,7 @@ def views(systems: Sequence[System], scenario: Scenario) -> list[View]:
             found.append(View(system.name, system, system.ports[scenario.port]))
         if scenario.bulk and "splice" in system.ports:
             found.append(View(f"{system.name} splice", system, system.ports["splice"]))
-        if system.name == "nginx" and scenario.port in system.ports:
+        if system.name == "nginx" and scenario.port in system.ports and not scenario.idle:
             found.append(View(AGAIN, system, system.ports[scenario.port]))
     return found
 
@@ -60,6 +61,7 @@ def take_turn(view: View, generator: Generator, scenario: Scenario, seconds: flo
     """Drive ``view`` once; None when nothing at all was done, or when processes of the system came, went or were missing."""
     own = view.system.pids()
     others = [generator.process.pid, view.system.backend.process.pid]
+    before_ticks = ticks(own)
     before_own, before_others = {pid: cpu_ns([pid]) for pid in own}, cpu_ns(others)
     result = generator.turn(seconds)
     settle(own + others)
@@ -84,6 +86,7 @@ def take_turn(view: View, generator: Generator, scenario: Scenario, seconds: flo
         units=units,
         cores=spent / 1e9 / result.seconds,
         shares={what: share / 1000 / units for what, share in shares.items()},
+        ticks=(ticks(own)[0] - before_ticks[0], ticks(own)[1] - before_ticks[1]),
     )
 
 
@@ -113,10 +116,14 @@ def compare(
     """
     taking_part = views(systems, scenario)
     generators: dict[str, Generator] = {}
+    beside: list[Generator] = []
     taken: dict[str, list[Turn | None]] = {view.name: [] for view in taking_part}
     try:
         for view in taking_part:
             if view.name != AGAIN:
+                if scenario.idle:
+                    progress(f"{scenario.name}: {scenario.idle} sessions through {view.name}")
+                    beside.append(Generator(program, "idle", view.port, scenario.idle))
                 generators[view.name] = Generator(program, scenario.mode, view.port, scenario.clients, scenario.size)
         for view in taking_part:  # nobody's first turn counts
             if view.name != AGAIN:
@@ -129,7 +136,7 @@ def compare(
                 generator = generators["nginx" if view.name == AGAIN else view.name]
                 taken[view.name].append(take_turn(view, generator, scenario, seconds))
     finally:
-        for generator in generators.values():
+        for generator in [*generators.values(), *beside]:
             generator.close()
     return record(scenario, taken)
 
@@ -155,6 +162,8 @@ def record(scenario: Scenario, taken: dict[str, list[Turn | None]]) -> dict[str,
         )
         roles = dict.fromkeys(what for turn in done for what in turn.shares)
         figures["shares"] = {what: statistics.median(turn.shares.get(what, 0.0) for turn in done) for what in roles}
+        user, kernel = (sum(turn.ticks[i] for turn in done) for i in range(2))
+        figures["kernel_share"] = kernel / (user + kernel) if user + kernel else None
         document["systems"][name] = figures
         pairs = [(ours, theirs) for ours, theirs in zip(taken[subject or ""], turns, strict=True) if ours and theirs]
         if name != subject and pairs:

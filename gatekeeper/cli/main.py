@@ -82,8 +82,23 @@ def main(argv: Sequence[str], stdin: TextIO, stdout: TextIO, stderr: TextIO) -> 
     return int(code or 0)
 
 
+def fill_standard_streams() -> None:
+    """Open /dev/null where the caller closed standard input, output or error (``>&-``).
+
+    Whatever is opened next would get the free number, and an audit log on "standard output" would go into a socket.
+    """
+    for number, mode in enumerate("rww"):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
+            setattr(sys, ("stdin", "stdout", "stderr")[number], stream)
+
+
 def entry() -> int:
     """Run this process's command line. Ends quietly when nobody reads its output any more (``| head``)."""
+    fill_standard_streams()
     if COMPLETION in os.environ:  # a shell asks what could come next
         program.main(prog_name="gatekeeper", complete_var=COMPLETION)
     code = main(sys.argv[1:], sys.stdin, sys.stdout, sys.stderr)

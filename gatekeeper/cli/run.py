@@ -6,7 +6,7 @@ import re
 
 import click
 
-from gatekeeper.cli.terminal import Command
+from gatekeeper.cli.terminal import FILE, Command
 
 UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -32,7 +32,7 @@ def parse_duration(_ctx: click.Context, _param: click.Parameter, text: str) -> f
         "kill -HUP $(pgrep -of 'gatekeeper run')      read the rules again",
     ),
 )
-@click.argument("file", type=click.Path())
+@click.argument("file", type=FILE)
 @click.option("--workers", type=click.IntRange(1, 128), help="Number of workers; overrides `workers` in the file.")
 @click.option(
     "--drain-timeout", callback=parse_duration, metavar="DURATION", default="300s", show_default=True,

@@ -19,7 +19,8 @@ EXIT_CODES = """\
 Exit codes: 0 done and fine; 1 done, and the answer is no (errors in the file, refused, a check failed); \
 2 bad usage; 3 could not do it (unreadable file, port taken)."""
 
-FILE = click.Path(allow_dash=True)  # a type for completion only: commands open files themselves and say what failed
+# A type for completion only: commands open files themselves and say what failed (with exit code 3, not 2).
+FILE = click.Path(readable=False, allow_dash=True)
 
 
 class CannotDo(click.ClickException):

@@ -18,6 +18,7 @@ from gatekeeper.config.words import listed, nearest, quote
 from gatekeeper.policy.model import Action, Backend, Protocol, Target
 
 ANY = "any"
+MOST_WORKERS = 128  # as `run --workers`
 GUESSES_MOST = 100  # finding near misses is slow; a file with more of them has another problem
 DESCRIBED_AS = {"deny": ("reject", "refuse", "block"), "allow": ("accept", "permit", "pass"), "drop": ("ignore", "silent")}
 
@@ -237,8 +238,8 @@ def parse_workers(value: Any) -> int | None:
     """Return the number of workers, ``None`` for one per CPU."""
     if value == "auto":
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 256:
-        raise ValueError(f'expected a number of workers (1 to 256) or "auto", not {describe(value)}')
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_WORKERS:
+        raise ValueError(f'expected a number of workers (1 to {MOST_WORKERS}) or "auto", not {describe(value)}')
     return value
 
 

@@ -187,7 +187,7 @@ class RuleFile(Strict):
     workers: Annotated[
         int | None,
         BeforeValidator(fields.parse_workers),
-        WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": 256}]}),
+        WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": fields.MOST_WORKERS}]}),
     ] = Field(default=None, description="worker processes: a number, or auto (the default), one per CPU")
     metrics: MetricsItem = Field(default="off", description="where Prometheus scrapes: {listen: 127.0.0.1:9180}, or off (the default)")
     audit: Annotated[str, parsed(fields.parse_audit, "stdout, journald, off or a path"), WithJsonSchema({"type": "string"})] = Field(

@@ -121,7 +121,7 @@ class Leg:
                 return
             if size == CHUNK_BYTES:
                 self.bulk = True
-                self.watch(READ)
+                self.watch_as_needed()  # not just READ: the other leg may be waiting for room here
                 return
             if not mask & HANGUP or self.interest != EDGE:
                 return

@@ -11,7 +11,10 @@ import _socket
 import errno
 import os
 import struct
+import sys
+import termios
 import time
+from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 from gatekeeper.proxy.accounts import SESSIONS_OPENED, count_bytes, count_dial, count_end, count_failure
@@ -48,6 +51,7 @@ class TcpSession:
         "slot",
         "source",
         "terms",
+        "undelivered",  # bytes that waited for a reader when nothing was read any more; `None` while bytes move
     )
 
     def __init__(
@@ -65,6 +69,7 @@ class TcpSession:
         self.began_s = self.active_s = shared.loop.now
         self.idle_limit_s = self.terms.idle_timeout_s
         self.reported_in = self.reported_out = 0
+        self.undelivered: int | None = None
         self.flow = shared.report.flow_id()
         self.client = Leg(self, fd, None)
         self.backend = self.client  # until `dial` has made one
@@ -190,19 +195,39 @@ class TcpSession:
 
     def sweep(self, now: float) -> None:
         """See `gate.Session.sweep`."""
+        if self.gate.shared.sessions.get(self.client.fd) is not self:
+            return  # it has ended since the round began, and its descriptors may be another's by now
         moved_in, moved_out = self.client.received, self.backend.received if self.backend is not self.client else 0
         if moved_in != self.reported_in or moved_out != self.reported_out:
             self.active_s = now
+            self.undelivered = None
             count_bytes(self.gate.shared, self, moved_in, moved_out)
+        elif self.undelivered is None:
+            self.undelivered = self.count_undelivered()
         elif now - self.active_s >= self.idle_limit_s:
+            # A slow reader is not an idle one: megabytes that wait in the kernel may take it longer than the limit.
+            left = self.count_undelivered()
+            if left < self.undelivered:
+                self.undelivered = left
+                self.active_s = now
+                return
             self.finish(End.HALF_CLOSE_TIMEOUT if self.client.done or self.backend.done else End.IDLE_TIMEOUT)
+
+    def count_undelivered(self) -> int:
+        """Return how many bytes the two sides have not taken yet, in our hands and in the kernel's."""
+        waiting = 0
+        for leg in {self.client, self.backend}:
+            in_kernel = ioctl(leg.fd, termios.TIOCOUTQ, bytes(4))
+            waiting += int.from_bytes(in_kernel, sys.byteorder) + leg.piped + len(leg.pending or b"")
+        return waiting
 
     def finish(self, end: End) -> None:
         """See `gate.Session.finish`. Whoever was not told the end of its stream gets a reset, unless both were FINISHED."""
         shared = self.gate.shared
         client, backend = self.client, self.backend
-        if shared.sessions.pop(client.fd, None) is None:
+        if shared.sessions.get(client.fd) is not self:
             return
+        del shared.sessions[client.fd]
         shared.due.pop(client.fd, None)
         handlers = shared.loop.handlers
         legs = (client,) if backend is client else (client, backend)

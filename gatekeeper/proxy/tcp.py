@@ -179,6 +179,7 @@ class TcpGate(Gate):
         self.shared.due.pop(self.sock.fileno(), None)
         self.shared.loop.unwatch(self.sock.fileno())
         self.sock.close()
+        self.paused = True  # its turn to accept may still come
 
 
 def set_linger(fd: int, value: bytes) -> None:

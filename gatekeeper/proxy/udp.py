@@ -258,6 +258,8 @@ class UdpSession:
 
     def sweep(self, now: float) -> None:
         """See `gate.Session.sweep`."""
+        if self.gate.shared.sessions.get(self.fd) is not self:
+            return  # it has ended since the round began, and its descriptor may be another's by now
         if self.datagrams != self.seen:
             self.seen = self.datagrams
             self.active_s = now
@@ -268,8 +270,9 @@ class UdpSession:
     def finish(self, end: End) -> None:
         """See `gate.Session.finish`."""
         shared = self.gate.shared
-        if shared.sessions.pop(self.fd, None) is None:
+        if shared.sessions.get(self.fd) is not self:
             return
+        del shared.sessions[self.fd]
         del self.gate.flows[self.key]
         shared.loop.handlers.pop(self.fd, None)
         self.sock.close()  # the only copy, so epoll forgets it

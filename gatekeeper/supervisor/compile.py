@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import resource
+import stat
 import sys
 from typing import Any
 
@@ -59,7 +60,10 @@ def compile_file(path: str, snapshot_fd: int) -> dict[str, Any]:
     from gatekeeper.snapshot.encode import write  # noqa: PLC0415
 
     try:
-        with open(path, "rb") as file:
+        # Not blocking: a named pipe that nobody writes to would hold up every reload, and can be read only once.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return _failed(f"cannot read {path}: not a regular file, and a reload reads it again") | {"unreadable": True}
             file.read(1)
     except OSError as err:
         return _failed(f"cannot read {path}: {err.strerror}") | {"unreadable": True}

@@ -67,6 +67,7 @@ class Supervisor:
         self._settings: dict[str, Any] = {}
         self._opener: listening.Opener | None = None
         self._crew: Crew | None = None
+        self._cutting = False  # the stop waits for no session any more
         self._policy: Accepted | None = None  # whose sockets are open
         self._compilation: Compilation | None = None
         self._enforcer: Enforcer | None = None
@@ -349,8 +350,12 @@ class Supervisor:
             self._log.info("stopping")
             self._loop.stop(FINE)
             return
+        if self._cutting:
+            self._crew.kill()
+            return
+        self._cutting = True
         self._log.info("stopping now")
-        self._crew.kill()
+        self._crew.drain(0.0)  # not killed: what they end themselves is counted and in the audit log
 
     def _all_gone(self) -> None:
         cut = self._crew.cut if self._crew is not None else 0

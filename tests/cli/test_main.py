@@ -96,6 +96,25 @@ def test_completion_answers() -> None:
     assert done.stdout == "plain,explain\n"
 
 
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_streams(closed: str) -> None:
+    """With standard streams closed by the caller commands work as with /dev/null, and no other file gets their numbers."""
+    code = (
+        "import gatekeeper.cli.main as program, os;"
+        "program.main = lambda argv, *streams: print(*streams) or any(os.fstat(number) is None for number in range(3));"
+        "raise SystemExit(program.entry())"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m gatekeeper check - {closed}', sys.executable],
+        input="version: 2\n", capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+
+
 def test_nobody_reads() -> None:
     """When the reader of its output goes away it ends quietly, as shells expect: no traceback."""
     reader, writer = os.pipe()

@@ -307,7 +307,7 @@ def test_the_service_manager_is_told_how_it_goes(run_gate: Callable[..., Gate], 
 
 
 def test_a_second_signal_ends_the_draining(run_gate: Callable[..., Gate], backend: TcpBackend) -> None:
-    """Whoever asks twice need not wait for sessions that do not end."""
+    """Whoever asks twice need not wait for sessions that do not end; they are in the audit log all the same."""
     port = free_port()
     gate = run_gate(policy([port], backend, EVERYBODY))
     with Sources().connect("127.0.0.1", "127.0.0.1", port) as client:
@@ -316,6 +316,7 @@ def test_a_second_signal_ends_the_draining(run_gate: Callable[..., Gate], backen
         gate.wait_notified("STOPPING=1")
         gate.signal(signal.SIGTERM)
         assert gate.wait() == 0
+    assert how_sessions_ended(gate, ["127.0.0.1"]) == {"drained": 1}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -69,6 +69,21 @@ rules:
         gate.wait_notified("STOPPING=1")
 
 
+@pytest.mark.parametrize("command", ["check", "run", "explain"])
+def test_a_file_that_may_not_be_read_is_3(folder: Path, user: PlainUser, command: str) -> None:
+    """A rule file that belongs to somebody else is exit code 3, not bad usage, and the message says why."""
+    rules = folder / "rules.yaml"
+    rules.write_text("version: 1\n")
+    rules.chmod(0)
+    more = ("127.0.0.1", "80") if command == "explain" else ()
+    done = subprocess.run(
+        [*user.prefix, user.python, "-m", "gatekeeper", command, str(rules), *more],
+        env=user.env, cwd="/", capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+    assert done.returncode == 3, done
+    assert f"cannot read {rules}: Permission denied" in done.stderr
+
+
 def test_a_port_below_1024_is_refused_with_the_reason(folder: Path, user: PlainUser) -> None:
     """Without the privilege a low port is exit code 3, and the message says what is missing."""
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) < 1024:

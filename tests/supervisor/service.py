@@ -36,6 +36,7 @@ class Service(Process):
         self._metrics = metrics
         self.write(text)
         self.notified: list[str] = []
+        self.may_print_tracebacks = False  # a test makes its processes fail
         self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._manager.bind(str(folder / "notify"))
         super().__init__(
@@ -97,7 +98,7 @@ class Service(Process):
         code = super().stop()
         self._manager.close()
         until(lambda: not any(map(is_running, offspring)), "all children are gone")
-        assert "Traceback" not in self.output(), self.output()
+        assert self.may_print_tracebacks or "Traceback" not in self.output(), self.output()
         return code
 
 

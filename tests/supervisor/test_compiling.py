@@ -161,6 +161,14 @@ class TestTheRealOne:
         assert report["unreadable"]
         assert report["failure"] == f"cannot read {folder}/missing.yaml: No such file or directory"
 
+    @pytest.mark.timeout(30)
+    def test_a_pipe(self, folder: Path) -> None:
+        """A named pipe is refused at once: nobody may ever write to it, and it can be read only once."""
+        os.mkfifo(folder / "rules.yaml")
+        report, _data = self.run(path=folder / "rules.yaml")
+        assert report["unreadable"]
+        assert report["failure"] == f"cannot read {folder}/rules.yaml: not a regular file, and a reload reads it again"
+
     def test_memory_is_limited(self, folder: Path) -> None:
         """What takes too much memory is given up with that reason, and the machine is not dragged down."""
         with (folder / "list.txt").open("w") as entries:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support import need
 from tests.support.wait import until
 
 RUNNING: list[Process] = []  # what a failing test shows the output of
@@ -38,7 +39,7 @@ class Process:
         self.output_path = folder / f"{name}.log"
         with self.output_path.open("ab") as output:
             self._child = subprocess.Popen(
-                [*prefix, *argv],
+                [*_leash(), *prefix, *argv],
                 cwd=folder,
                 env={**os.environ, **(env or {})},
                 stdin=subprocess.DEVNULL,
@@ -109,6 +110,12 @@ class Process:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _leash() -> list[str]:
+    """Return a prefix that makes a program end when the test run is killed and can end nothing any more itself."""
+    setpriv = need.find("setpriv")
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 
 
 def children(pid: int) -> list[int]:

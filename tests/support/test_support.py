@@ -84,6 +84,22 @@ def test_stopping_lets_a_program_end_in_order(folder: Path) -> None:
     assert not is_running(process.pid)
 
 
+@pytest.mark.needs("setpriv")
+def test_a_program_ends_with_the_test_run_that_started_it(folder: Path) -> None:
+    """When the test runner itself is killed, what it had started does not stay behind."""
+    text = (
+        "import os, signal, sys, pathlib; from tests.support.process import Process; from tests.support.wait import until; "
+        "child = Process(['sleep', '60'], pathlib.Path(sys.argv[1]), 'sleeper'); "
+        "pathlib.Path(sys.argv[1], 'pid').write_text(str(child.pid)); "
+        "until(lambda: pathlib.Path(f'/proc/{child.pid}/comm').read_text() == 'sleep\\n', 'it sleeps'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    runner = [sys.executable, "-c", text, str(folder)]
+    done = subprocess.run(runner, env={**os.environ, "PYTHONPATH": PYTHON_PATH}, cwd=ROOT, timeout=30, check=False)
+    assert done.returncode == -9
+    pid = int((folder / "pid").read_text())
+    until(lambda: not is_running(pid), "the sleeper is gone")
+
+
 @pytest.mark.needs_root
 @pytest.mark.needs("ip")
 def test_the_remote_network_reaches_us_from_all_its_sources(remote: RemoteNetwork) -> None:

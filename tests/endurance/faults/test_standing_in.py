@@ -36,12 +36,14 @@ class Broken(NamedTuple):
 
 @pytest.fixture
 def backend() -> Iterator[TcpBackend]:
+    """An echo service."""
     with TcpBackend() as made:
         yield made
 
 
 @pytest.fixture
 def datagrams() -> Iterator[UdpBackend]:
+    """An echo service for datagrams."""
     with UdpBackend() as made:
         yield made
 

@@ -26,7 +26,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,14 +126,14 @@ def play(case: Case, client: socket.socket, backend: socket.socket) -> str | Non
     first, second = (backend, client) if case.backend_first else (client, backend)
     if case.resets:
         return play_reset(case, first, second)
-    writer = threading.Thread(target=lambda: (send(first, 2, case.size), first.shutdown(socket.SHUT_WR)))
+    writer = threading.Thread(target=send_and_end, args=(first, 2, case.size))
     writer.start()
     time.sleep(case.delay_s)
     got = read(second, 2)
     writer.join(PATIENCE_S)
     if got != Reading(case.size, "end"):
         return f"{got.end} after {got.size} of {case.size} bytes instead of an end"
-    answers = threading.Thread(target=answer, args=(second, case.size))
+    answers = threading.Thread(target=send_and_end, args=(second, 3, case.size))
     answers.start()
     time.sleep(case.delay_s)
     back = read(first, 3)
@@ -143,10 +143,10 @@ def play(case: Case, client: socket.socket, backend: socket.socket) -> str | Non
     return None
 
 
-def answer(sock: socket.socket, size: int) -> None:
+def send_and_end(sock: socket.socket, stream: int, size: int) -> None:
     """Send, and end; a proxy that reset the connection shows on the other side."""
     with contextlib.suppress(OSError):
-        send(sock, 3, size)
+        send(sock, stream, size)
         sock.shutdown(socket.SHUT_WR)
 
 
@@ -234,6 +234,3 @@ def run_all(port: int, sessions: Sessions) -> dict[Case, str | None]:
 
     with ThreadPoolExecutor(len(CASES)) as pool:
         return dict(zip(CASES, pool.map(run, CASES), strict=True))
-
-
-Play = Callable[[int, Sessions], dict[Case, str | None]]

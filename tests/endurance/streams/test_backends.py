@@ -73,7 +73,7 @@ def test_a_backend_is_killed_and_comes_back(run_gate: Callable[..., Gate], folde
     """Live sessions end, whoever comes is reset at once with the cause counted, and the first after it listens is served."""
     port, behind_port, path = free_port(), free_port(), folder / "backend.sock"
     where = {"path": path} if kind == "unix" else {"port": behind_port}
-    behind = stage.listen(Plan(then=Then.STAY), **where)  # type: ignore[arg-type]
+    behind = stage.listen(Plan(then=Then.STAY), **where)
     gate = run_gate(rules(door=f"{port}, {behind.address}"))
     pid = worker_of(gate)
     before = descriptors(pid)
@@ -88,7 +88,7 @@ def test_a_backend_is_killed_and_comes_back(run_gate: Callable[..., Gate], folde
     assert time.monotonic() - begun < SOON_S
     assert failures(gate.scrape(), "refused") == CROWD
     path.unlink(missing_ok=True)
-    back = stage.listen(lambda _number: ANSWERS, **where)  # type: ignore[arg-type]
+    back = stage.listen(lambda _number: ANSWERS, **where)
     assert is_served(stage, port)
     assert len(back.peers) == 1
     no_descriptor_is_left(gate, pid, before)
