@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -11,7 +12,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -31,6 +32,7 @@ from tests.support.wait import until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(180)]
 
+T = TypeVar("T")
 FRIEND, FOE, SILENT = "10.0.1.1", "10.0.2.1", "10.0.3.1"
 FRIEND_6, FOE_6 = "2001:db8:1::1", "2001:db8:2::1"
 RULES = """
@@ -53,6 +55,16 @@ def space() -> Iterator[Namespace]:
 def gate_in(space: Namespace, run_gate: Callable[..., Gate]) -> Callable[..., Gate]:
     """Start the gate in the namespace."""
     return lambda text, **options: space.inside(run_gate, text, **options)
+
+
+@contextlib.contextmanager
+def made_in(space: Namespace, kind: Callable[[], T]) -> Iterator[T]:
+    """A backend of the namespace, opened and closed there."""
+    backend: Any = space.inside(kind)
+    try:
+        yield backend
+    finally:
+        space.inside(backend.__exit__, None, None, None)
 
 
 def look(space: Namespace, source: str, host: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> str:
@@ -101,7 +113,7 @@ def test_refusals_happen_before_there_is_a_connection(space: Namespace, gate_in:
     Each attempt is counted under its rule and is in the audit log as the kernel's; workers saw none of them.
     """
     port = free_port()
-    with space.inside(TcpBackend) as backend, space.inside(UdpBackend) as udp:
+    with made_in(space, TcpBackend) as backend, made_in(space, UdpBackend) as udp:
         gate = gate_in(f"""
 kernel: require
 listeners:
@@ -115,9 +127,13 @@ listeners:
             assert look(space, FOE_6, "2001:db8::1", port, kind) == "refused"
             assert look(space, SILENT, "10.0.0.1", port, kind) == "silence"
         attempts = "gatekeeper_kernel_refused_attempts_total"
-        for name in ("web", "dns"):
-            until(lambda name=name: value(space, gate, attempts, listener=name, action="deny", rule="") == 2, "denials are counted")
-            until(lambda name=name: value(space, gate, attempts, listener=name, action="drop", rule="silence") >= 1, "drops too")
+
+        def counted() -> bool:
+            denied = [value(space, gate, attempts, listener=name, action="deny", rule="") for name in ("web", "dns")]
+            dropped = [value(space, gate, attempts, listener=name, action="drop", rule="silence") for name in ("web", "dns")]
+            return denied == [2, 2] and min(dropped) >= 1
+
+        until(counted, "every attempt is counted")
         assert value(space, gate, "gatekeeper_kernel_enforcing") == 1
         assert {key[1] for key, count in space.inside(lambda: gate.scrape().verdicts()).items() if count} == {"allow"}
         refusals = gate.wait_for_audit(6, "refusal")
@@ -150,7 +166,8 @@ listeners: [{{name: web, listen: "10.0.0.1:{port}", backend: 127.0.0.1:9}}]
 
     def complete() -> bool:
         left_out = sum(event["gatekeeper"]["count"] for event in gate.audit("refusals_suppressed"))
-        return len(gate.audit("refusal")) + left_out == 2 * flood
+        told: int = len(gate.audit("refusal")) + left_out
+        return told == 2 * flood
 
     until(complete, "every attempt is told")
     assert all(event["gatekeeper"]["enforced_by"] == "kernel" for event in gate.audit("refusals_suppressed"))
@@ -165,7 +182,7 @@ def test_no_verdict_is_neither_the_old_nor_the_new_policys(
     """While policies change under load, whom both allow always gets in, and whom both refuse never does."""
     port = free_port()
     changing = "10.0.5.0/24"
-    with space.inside(TcpBackend) as backend:
+    with made_in(space, TcpBackend) as backend:
         texts = [f"""
 kernel: require
 listeners: [{{name: web, listen: "10.0.0.1:{port}", backend: "{backend.address}"}}]
@@ -215,7 +232,7 @@ def _thread_of_namespace(work: Callable[[], None], _fd: int) -> threading.Thread
 
 
 def test_nothing_is_left_when_the_supervisor_is_killed(space: Namespace, gate_in: Callable[..., Gate]) -> None:
-    """kill -9: the program is gone and the port is closed for everybody. Before that, only the supervisor had any part in it."""
+    """After kill -9 the program is gone and the port is closed for everybody. Before that, only the supervisor had any part in it."""
     port = free_port()
     gate = gate_in(f"""
 kernel: require
@@ -348,7 +365,7 @@ def reaches(space: Namespace, source: str, host: str, port: int) -> bool | None:
 def test_nginx_is_put_under_a_policy_where_it_is(
     space: Namespace, gate_in: Callable[..., Gate], folder: Path
 ) -> None:
-    """nginx owns its port before, while and after we run; it sees real addresses; its restart needs nothing from us."""
+    """The server owns its port before, while and after we run; it sees real addresses; its restart needs nothing from us."""
     home = folder / "nginx"
     home.mkdir()
     nginx = space.inside(Nginx, home)
@@ -466,7 +483,7 @@ listeners: [{{name: web, listen: "10.0.0.1:{relayed}", backend: 127.0.0.1:9}}]
 def test_a_reload_changes_what_outlives_us(space: Namespace, gate_in: Callable[..., Gate]) -> None:
     """From open to closed and back, without a gap; a port turns from relayed to guarded and its owner can have it."""
     port = free_port()
-    with space.inside(TcpBackend) as backend:
+    with made_in(space, TcpBackend) as backend:
         relayed = f"""
 kernel: require
 listeners: [{{name: service, listen: "10.0.0.1:{port}", backend: "{backend.address}"}}]
