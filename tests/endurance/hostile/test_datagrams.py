@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -93,6 +92,7 @@ class Talkers:
 
 @pytest.fixture
 def backend() -> Iterator[UdpBackend]:
+    """Echo datagrams."""
     with UdpBackend() as made:
         yield made
 
@@ -173,26 +173,13 @@ def test_an_absence_of_the_backend_costs_nothing_afterwards(run_gate: Callable[.
                 for sock in talkers.sockets:
                     sock.send(b"is anybody there?")
             until(lambda: gate.scrape().value("gatekeeper_backend_failures_total", cause="refused") > 0, "ICMP has come")
-            backend = rebound(away)
+            backend = UdpBackend(port=away)
         talkers.talk()
         assert talkers.answers == talkers.questions
         assert gate.scrape().value("gatekeeper_connections_total") == len(talkers.sockets)
     finally:
         talkers.close()
         backend.close()
-
-
-def rebound(port: int) -> UdpBackend:
-    """Return a backend on a port that was just closed; nobody else may have taken it in between."""
-
-    def bind() -> UdpBackend:
-        try:
-            return UdpBackend(port=port)
-        except OSError as err:
-            assert err.errno != errno.EADDRINUSE
-            raise
-
-    return until(bind, "the port is free again")
 
 
 def test_a_hundred_thousand_sources_make_no_scrape_longer(run_gate: Callable[..., Gate], backend: UdpBackend, long: bool) -> None:
