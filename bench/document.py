@@ -16,6 +16,12 @@ from bench.scenarios import GROWTH, SCENARIOS, SINGLE, TWO
 
 DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs")
 PEERS = ("haproxy", "haproxy splice", "nginx", "envoy")
+MARGIN = 0.02  # as far from 1 as nginx's ratio to itself may be
+QUIET, BUSY = 1.0, 5.0  # load averages before and during a run; the benchmark alone makes 2 to 4
+RESTLESS = (
+    "**The machine was busy with other work meanwhile.** Ratios between neighbouring turns bear that, with wider spreads; rates and latencies "
+    "do not: they are lower and longer than on a machine at rest."
+)
 Records = dict[str, dict[str, Any]]
 Points = list[tuple[float, float]]
 
@@ -52,7 +58,7 @@ def _costs(records: Records, names: list[str]) -> str:
 
 
 def _summary(records: Records, names: list[str]) -> str:
-    """The cheapest peer of each work, and where gatekeeper stands beside it: level when 1 lies within the spread."""
+    """The cheapest peer of each work, and where gatekeeper stands beside it."""
     rows = [["work", "cheapest peer", "gatekeeper ÷ it", "", "difference"]]
     for name in names:
         record = records[name]
@@ -60,10 +66,11 @@ def _summary(records: Records, names: list[str]) -> str:
         if not ratios or "gatekeeper" not in record["systems"]:
             continue
         cheapest = max(ratios, key=lambda peer: ratios[peer]["median"])
-        stands = "ahead" if ratios[cheapest]["p90"] < 1 else "behind" if ratios[cheapest]["p10"] > 1 else "level"
+        median = ratios[cheapest]["median"]
+        stands = "ahead" if median < 1 - MARGIN else "behind" if median > 1 + MARGIN else "level"
         scale, unit = _scale(record)
-        ours, theirs = (record["systems"][one]["cpu_us"]["median"] / scale for one in ("gatekeeper", cheapest))
-        difference = f"{ours - theirs:+.1f} {unit}/{record['unit']}"
+        theirs = record["systems"][cheapest]["cpu_us"]["median"] / scale
+        difference = f"{theirs * (median - 1):+.1f} {unit}/{record['unit']}"
         rows.append([name, cheapest, ratio(ratios[cheapest]), stands, difference])
     return table(rows)
 
@@ -147,6 +154,8 @@ def fill(text: str, document: dict[str, Any]) -> str:
             loads = [record["load_average"] for record in document["scenarios"]]
             busy = f"load average before {document['machine']['load_average']:.1f}, during {min(loads):.1f} to {max(loads):.1f}"
             made = f"```\n{heading(document)}\n{document['machine']['date']}, {busy}\n```"
+            if document["machine"]["load_average"] > QUIET or max(loads) > BUSY:
+                made += f"\n\n{RESTLESS}"
         else:
             made = BLOCKS[name](records) or ""
         return found[0] if not made else f"<!-- measured: {name} -->\n{made}\n<!-- end -->"

@@ -14,6 +14,8 @@ COLOURS = {
     "haproxy splice": "#e0a03a",
     "nginx": "#3d6fc8",
     "envoy": "#8a5fbf",
+    "IPv4": "#0b6e4f",
+    "IPv6": "#3d6fc8",
 }
 OTHER = "#777777"
 Spread = tuple[float, float, float]  # p10, median, p90

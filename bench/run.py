@@ -143,6 +143,13 @@ def progress(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def write_json(document: dict[str, Any], path: str) -> None:
+    """Write all that was measured so far."""
+    with open(path, "w") as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
+
+
 class Run:
     """One run: a document, to which each measurement is added, and its table printed, when it is there."""
 
@@ -161,6 +168,8 @@ class Run:
     def done(self, record: dict[str, Any]) -> None:
         record["load_average"] = os.getloadavg()[0]
         self.document["scenarios"].append(record)
+        if self.options.json:  # what was measured is not lost when the run is ended
+            write_json(self.document, self.options.json)
         progress("")
         print("\n" + scenario_table(record), flush=True)
 
@@ -231,9 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             document = Run(options, compile_load(directory), directory).measure()
         if options.json:
-            with open(options.json, "w") as file:
-                json.dump(document, file, indent=1)
-                file.write("\n")
+            write_json(document, options.json)
         if options.write_docs:
             print("\nwritten: " + ", ".join(write_documents(document)))
     except BenchError as err:

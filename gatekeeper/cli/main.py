@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -99,6 +100,9 @@ def fill_standard_streams() -> None:
 def entry() -> int:
     """Run this process's command line. Ends quietly when nobody reads its output any more (``| head``)."""
     fill_standard_streams()
+    # What a terminal of another encoding cannot show is written out ("\xfc"), as Python does on standard error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if COMPLETION in os.environ:  # a shell asks what could come next
         program.main(prog_name="gatekeeper", complete_var=COMPLETION)
     code = main(sys.argv[1:], sys.stdin, sys.stdout, sys.stderr)

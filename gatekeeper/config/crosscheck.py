@@ -16,7 +16,7 @@ from gatekeeper.config import addresses
 from gatekeeper.config.addresses import WILDCARDS, Span
 from gatekeeper.config.files import Files
 from gatekeeper.config.tree import Spot, Value
-from gatekeeper.config.words import NAME, quote
+from gatekeeper.config.words import CONTROL, NAME, quote
 from gatekeeper.policy.model import Backend, format_address
 
 ENDPOINTS_MOST = 65536
@@ -220,12 +220,14 @@ def _watched(listener: Value, files: Files) -> Iterator[Watched]:
                 message = "a udp listener has addresses and ports, not unix sockets: write one like 0.0.0.0:53"
                 files.error(item.spot, "listener.listen", message)
             elif span.family == 0:
-                _check_length(span.host, item.spot, "listener.listen", files)
+                _check_path(span.host, item.spot, "listener.listen", files)
             yield Watched(protocol, span, item.spot, _name(listener))
 
 
-def _check_length(path: str, spot: Spot, code: str, files: Files) -> None:
-    """Report a relative path that is too long once it is absolute."""
+def _check_path(path: str, spot: Spot, code: str, files: Files) -> None:
+    """Report a relative path that is good for nothing once it is absolute."""
+    if CONTROL.search(path):
+        files.error(spot, code, f"the path is {quote(path)}, with a control character in it: move this file to another folder")
     if len(os.fsencode(path)) > addresses.PATH_MOST:
         message = f"the path is {quote(path)}, but the kernel takes at most {addresses.PATH_MOST} bytes: write a shorter one"
         files.error(spot, code, message)
@@ -268,7 +270,7 @@ def _check_backend(listener: Value, ours: _Ours, files: Files) -> None:
     protocol = _protocol(listener)
     if backend.family == 0:
         backend = Backend(0, absolute(backend.host, item.spot.place.file), 0)
-        _check_length(backend.host, item.spot, "listener.backend", files)
+        _check_path(backend.host, item.spot, "listener.backend", files)
         if protocol == "udp":
             files.error(item.spot, "listener.backend", "a udp listener has a backend with an address, like 127.0.0.1:5353")
     listen = listener.get("listen")

@@ -105,12 +105,12 @@ class Control:
             except ChannelClosed:
                 self.end()
                 return
-            except ValueError as err:
+            except (ValueError, RecursionError) as err:
                 say(f"unreadable message of the supervisor: {err}")
                 continue
             try:
                 self._act(message, fds)
-            except (NotCounters, SnapshotError, KeyError, TypeError, IndexError) as err:
+            except (NotCounters, SnapshotError, LookupError, TypeError, ValueError, AttributeError) as err:
                 say(f"message {message.get('op')!r} of the supervisor cannot be used: {err!r}")
             finally:
                 for fd in fds:

@@ -169,7 +169,8 @@ class Gate:
             return True
         opened = self.terms.block + ListenerSlot.SESSIONS_OPENED
         closed = self.terms.block + ListenerSlot.SESSIONS_CLOSED
-        return sum(view[opened] - view[closed] for view in self.shared.siblings) < limit
+        # A sibling that somebody has taken over may write what it likes: less than nothing makes no room.
+        return sum(max(0, view[opened] - view[closed]) for view in self.shared.siblings) < limit
 
     def refuse(self, word: int) -> int:
         """Count a refusal: by the verdict itself, or by ``max_sessions`` when the verdict would allow.

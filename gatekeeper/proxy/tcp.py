@@ -94,7 +94,11 @@ class TcpGate(Gate):
                     return
                 shared.counters[self.terms.block + ListenerSlot.ACCEPT_ERRORS] += 1  # it left before we came
                 continue
-            self.admit(fd, peer)
+            try:
+                self.admit(fd, peer)
+            except MemoryError:
+                self.pause("out of memory")
+                return
         self.batch = min(self.batch * 2, BATCH_MOST)
 
     def admit(self, fd: int, peer: Any) -> None:
@@ -113,11 +117,18 @@ class TcpGate(Gate):
             if self.flooded or self.mixed:
                 set_linger(fd, LINGER_DEFAULT)
             destination = local_address(fd) if terms.wildcard else terms.destination
-            session = TcpSession(self, fd, slot, (family, packed, port), destination)
+            session = None
             try:
+                session = TcpSession(self, fd, slot, (family, packed, port), destination)
                 session.dial()
+            except MemoryError:
+                if session is None:
+                    os.close(fd)
+                else:
+                    session.fail()
+                raise
             except Exception:  # noqa: BLE001 - the loop's promise: a session's fault is its own
-                self.shared.loop.give_up(session)
+                self.shared.loop.give_up(session or self)
             return
         self.refused += 1
         slot = self.refuse(word)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gatekeeper.kernel.inherit import Inherited
 
 BACKLOG = 4096  # the kernel lowers it to net.core.somaxconn
+MOST_FAILURES = 20  # that are told of one attempt: a port range that cannot be opened may be thousands of addresses wide
 UDP_RECEIVE_BYTES = 4 << 20
 KEEPALIVE_IDLE_S = 60
 KEEPALIVE_INTERVAL_S = 15
@@ -94,7 +95,7 @@ class Opener:
         for both families needs no socket of its own and is left out.
 
         Raises:
-            ListenError: with one line for every endpoint that could not be opened.
+            ListenError: with one line for every endpoint that could not be opened, up to `MOST_FAILURES`.
         """
         endpoints = {endpoint.key: endpoint for endpoint in wanted}
         everything = [*endpoints.values(), *(item.endpoint for item in existing.values())]
@@ -108,6 +109,9 @@ class Opener:
                 new[endpoint.key] = self._open(endpoint, everything, [*new.values(), *existing.values()])
             except ListenError as err:
                 failures.append(str(err))
+                if len(failures) == MOST_FAILURES:
+                    failures.append("(the rest was not tried)")
+                    break
         if failures:
             for opened in new.values():
                 self.close(opened)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_HARMLESS = (signal.SIGUSR1, signal.SIGUSR2)  # others reopen logs or drain at these: a habit must not close every port
 
 
 class Timer:
@@ -49,6 +50,8 @@ class Loop:
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, lambda _number, _frame: None)
+        for number in _HARMLESS:
+            self._previous[number] = signal.signal(number, signal.SIG_IGN)
         self.watch(self._wake_read.fileno(), self._take_signals)
         return self
 

@@ -359,7 +359,8 @@ class Supervisor:
 
     def _all_gone(self) -> None:
         cut = self._crew.cut if self._crew is not None else 0
-        self._log.info("stopped" if not cut else f"stopped; {cut} sessions had not ended by themselves")
+        sessions = "1 session" if cut == 1 else f"{cut} sessions"
+        self._log.info("stopped" if not cut else f"stopped; {sessions} had not ended by themselves")
         self._loop.stop(FINE)
 
     def _close_listeners(self) -> None:

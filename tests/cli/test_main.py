@@ -115,6 +115,17 @@ def test_closed_standard_streams(closed: str) -> None:
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_letters_that_the_terminal_does_not_have(encoding: str) -> None:
+    """A message about letters that standard output cannot show is written all the same."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gatekeeper", "check", "-"],
+        input="größe☃: 1\n".encode(), capture_output=True, timeout=50, env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (done.returncode, b"Traceback" in done.stderr) == (1, False)
+    assert 'unknown key "größe☃"'.encode(encoding, "backslashreplace") in done.stdout
+
+
 def test_nobody_reads() -> None:
     """When the reader of its output goes away it ends quietly, as shells expect: no traceback."""
     reader, writer = os.pipe()

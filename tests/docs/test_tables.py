@@ -65,6 +65,7 @@ def test_causes_are_documented() -> None:
     sentence = re.search(r"`cause` is one of (.*?)\.", (DOCS / "metrics.md").read_text(), re.DOTALL)
     assert sentence
     assert re.findall(r"`(\w+)`", sentence[1]) == [cause.label for cause in Cause]
+    assert list(table((DOCS / "metrics.md").read_text(), "| cause |")) == [cause.label for cause in Cause if cause is not Cause.OTHER]
 
 
 def test_audit_fields_are_documented() -> None:

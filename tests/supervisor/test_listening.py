@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -140,6 +141,19 @@ def test_all_or_nothing(opener: Callable[..., Opener]) -> None:
     assert len(lines) == 2
     assert all(endpoint.address in line for endpoint, line in zip(taken, lines, strict=True))
     socket.create_server(("127.0.0.1", good.port)).close()
+
+
+@pytest.mark.parametrize(("taken", "said"), [(19, 19), (40, 21)])
+def test_a_wide_range_that_is_taken_is_no_flood_of_messages(opener: Callable[..., Opener], taken: int, said: int) -> None:
+    """Of the failures of a wide range only the first are named, so that they can be read."""
+    host = "127.0.0.88"
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(socket.create_server((host, 0))).getsockname()[1] for _ in range(taken)]
+        with pytest.raises(ListenError) as caught:
+            opener().open_all([v4(port, host) for port in others], {})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == said
+    assert (lines[-1] == "(the rest was not tried)") == (taken > 20)
 
 
 def test_finished_connections_are_no_owner(opener: Callable[..., Opener]) -> None:

@@ -379,6 +379,18 @@ class TestStop:
             service.signal(signal.SIGTERM)
             assert service.wait() == 0
 
+    @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+    def test_signals_that_mean_something_elsewhere(self, start: Start, backend: TcpBackend, number: signal.Signals) -> None:
+        """Whoever rotates logs as for another server ends nothing: neither the service nor a session."""
+        port = free_port()
+        service = start(rules(listener(port, backend.port))).ready()
+        with socket.create_connection(("127.0.0.1", port), 5) as session:
+            service.signal(number)
+            service.reload(rules(listener(port, backend.port)))  # handled after it
+            service.says("reloaded")
+            session.sendall(b"hello")
+            assert session.recv(10) == b"hello"
+
     def test_unix_sockets_are_removed(self, start: Start, backend: TcpBackend, folder: Path) -> None:
         """The file of a unix listener is gone after the stop."""
         path = folder / "gate.sock"

@@ -127,7 +127,7 @@ def test_an_observer_that_stands_still_and_dies(folder: Path, backend: TcpBacken
             (observer,) = [pid for pid in children(service.pid) if "gatekeeper.observer" in command_line(pid)]
             os.kill(observer, signal.SIGSTOP)
             service.reload()  # it is told something, and does not read it
-            load.wait_for_more(20_000 if long else 1000)
+            load.wait_for_more(5000 if long else 1000)
             service.says(rf"the observer \(pid {observer}\) does not read what it is sent; killing it")
             service.says("the observer was killed by SIGKILL; starting another")
             load.wait_for_more(100)

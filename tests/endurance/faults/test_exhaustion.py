@@ -77,7 +77,8 @@ class TestDescriptors:
             crowd = [ends.enter_context(speaking_client(port)) for _ in range(300)]
             until(lambda: gate.scrape().value("gatekeeper_accept_pauses_total") > 0, "accepting pauses")
             before, slowest = len(gate.output().splitlines()), steady.slowest_s
-            assert share_of_a_core(worker, 10 if long else 2) < 0.2
+            share = share_of_a_core(worker, 10 if long else 2)
+            assert share < 0.2
             assert len(gate.output().splitlines()) - before <= 4
             assert gate.get("/healthz")[0] == 200
             steady.go_on()
@@ -86,8 +87,10 @@ class TestDescriptors:
             inside = served(crowd)
             assert 10 <= len(inside) < 32
             waiting = [client for client in crowd if client not in inside]
+            left = time.monotonic()
             inside[0].close()
             until(lambda: served(waiting), "the next is served")
+            print(f"{share:.2%} of a core while 300 wait; the next is served after {time.monotonic() - left:.3f} s")
             crowd = [client for client in crowd if client.fileno() >= 0]
 
             # They leave one by one, and all get their turn.
@@ -258,7 +261,7 @@ class TestAudit:
 
 
 class TestMemory:
-    """The worker gets no more memory than it has at the start."""
+    """The worker gets no more memory than it has once it serves."""
 
     CROWD = 3000
 
@@ -277,14 +280,13 @@ class TestMemory:
         port = free_port()
         with socket.create_server(("127.0.0.1", 0), backlog=4096) as crowded:
             text = open_policy(port, f"127.0.0.1:{crowded.getsockname()[1]}")
-            with limited(folder, text) as service:
+            with limited(folder, text) as service, ExitStack() as ends:
                 (worker,) = limited_workers(service)
-                size = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
-            with limited(folder, text, RLIMIT_AS=size) as service, ExitStack() as ends:
+                os.kill(worker, signal.SIGUSR1)
                 for number in range(self.CROWD):
                     with contextlib.suppress(ConnectionError, TimeoutError):
                         ends.enter_context(Sources().connect(f"127.0.1.{number % 200 + 1}", "127.0.0.1", port))
-                failed = re.compile(r"MemoryError|Cannot allocate memory|worker 0 .* starting another")
+                failed = re.compile(r"out of memory|MemoryError|Cannot allocate memory|worker 0 .* starting another")
                 until(lambda: failed.search(service.output()), "memory runs out")
                 ends.close()
                 until(lambda: serves(port, crowded), "it serves")

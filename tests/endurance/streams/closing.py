@@ -190,8 +190,8 @@ class Sessions:
                     sock.sendall(hello)
                     sock.close()
                 elif len(hello) == HELLO_BYTES:
+                    self._arrived[hello[1]] = sock  # before the client hears of it
                     sock.sendall(hello)
-                    self._arrived[hello[1]] = sock
 
     @contextlib.contextmanager
     def open(self, number: int, port: int) -> Iterator[tuple[socket.socket, socket.socket]]:

@@ -60,7 +60,7 @@ def plans(count: int, most: int) -> list[tuple[Plan, Plan]]:
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_a_crowd_gets_every_byte(run_gate: Callable[..., Gate], folder: Path, long: bool, kind: str) -> None:
     """Both ways at once, from one byte to megabytes, a third with 4 KiB receive buffers: all whole, memory bounded."""
-    count, most = (2000, 4 * MIB) if long else (150, MIB // 4)
+    count, most = (2000, 4 * MIB) if long else (100, MIB // 8)
     planned = plans(count, most)
     port = free_port()
     with Stage() as stage:
@@ -109,7 +109,7 @@ def test_a_reader_may_sleep_longer_than_a_half_close_lasts(
         backend = f"unix:{kwargs['path']}" if kind == "unix" else f"127.0.0.1:{server.getsockname()[1]}"
         gate = run_gate(open_policy(port, backend, ", half_close_timeout: 1s"))
         sessions = []
-        for size in (50_000, (50 if long else 20) * MIB):
+        for size in (50_000, (50 if long else 10) * MIB):
             client = socket.create_connection(("127.0.0.1", port), 30)
             accepted, _peer = server.accept()
             accepted.settimeout(30)
