@@ -186,7 +186,7 @@ class Enforcer:
         """Return the link that an earlier run has pinned for this network namespace, -1 when there is none."""
         try:
             link = bpf.pinned(self._pin)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # whoever may not look there has left nothing there
             return -1
         if bpf.namespace_of(link) == os.fstat(self._namespace).st_ino:
             return link
