@@ -21,6 +21,11 @@ OUTPUT_LINES = 60
 PROMISED = "GATEKEEPER_PROMISED"
 
 
+def pytest_configure() -> None:
+    """Let nothing that tests write be writable for others, whatever the umask: gatekeeper would refuse it."""
+    os.umask(0o022)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--long``: the endurance tests in full size, for minutes instead of seconds."""
     parser.addoption("--long", action="store_true", help="run the endurance tests in full size")

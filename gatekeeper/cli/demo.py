@@ -98,6 +98,7 @@ def command(terminal: Terminal, keep: bool) -> int:
         with stopped_by_sigterm(), tempfile.TemporaryDirectory(prefix="gatekeeper-demo-") as folder, Backend() as backend:
             port, metrics = free_ports(2)
             rules = Path(folder) / "rules.yaml"
+            rules.touch(mode=0o600)  # whatever the umask: what others may write is not served
 
             def write(friends: str) -> str:
                 text = RULES.format(port=port, backend=backend.port, metrics=metrics, friends=friends)

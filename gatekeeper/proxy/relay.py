@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from gatekeeper.proxy.session import TcpSession
 
 CHUNK_BYTES = 1 << 14  # small traffic is copied; a chunk that comes full suggests that more is to come
-BULK_ROUNDS = 4  # pipes filled in one turn, so that one bulk session cannot starve the others
 BULK_LEAST_BYTES = 1 << 12  # a splice that moves less than this was not worth it: back to copying
 
 SPLICE_FLAGS = 1 | 2  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK, which Python 3.11 does not name
@@ -138,28 +137,26 @@ class Leg:
             self.bulk = False
             self.ready(mask)
             return
-        for _ in range(BULK_ROUNDS):
-            try:
-                moved = splice(self.fd, pipe.write_fd, pipe.size, flags=SPLICE_FLAGS)
-            except BlockingIOError:
-                self.bulk = False
-                break
-            except OSError:
-                session.pipes.give_back(pipe)
-                session.lose(self)
-                return
-            if not moved:
-                session.pipes.give_back(pipe)
-                self.end()
-                return
-            self.received += moved
-            self.pipe, self.piped = pipe, moved
-            if not self.push_pipe():  # waits for the other leg with its pipe, or the session is over
-                return
-            if moved < pipe.size:
-                self.bulk = moved >= BULK_LEAST_BYTES
-                break
-        session.pipes.give_back(pipe)
+        # One pipe a turn: epoll comes back for more, and whoever sends little does not wait behind whoever sends much.
+        try:
+            moved = splice(self.fd, pipe.write_fd, pipe.size, flags=SPLICE_FLAGS)
+        except BlockingIOError:
+            session.pipes.give_back(pipe)
+            self.bulk = False
+            return
+        except OSError:
+            session.pipes.give_back(pipe)
+            session.lose(self)
+            return
+        if not moved:
+            session.pipes.give_back(pipe)
+            self.end()
+            return
+        self.received += moved
+        self.bulk = moved >= BULK_LEAST_BYTES
+        self.pipe, self.piped = pipe, moved
+        if self.push_pipe():  # else it waits for the other leg with its pipe, or the session is over
+            session.pipes.give_back(pipe)
 
     def push(self) -> bool:
         """Write what waits for the other leg; say whether all went and the session goes on."""
