@@ -138,10 +138,18 @@ class Enforcer:
         self._loop.later(COUNT_EVERY_S, self._tick)
 
     def swap(self, judge: Judge, policy: Accepted) -> None:
-        """Let another program take over at once."""
+        """Let another program take over at once.
+
+        Raises:
+            KernelError: the kernel refuses; the one before it stays in force.
+        """
         assert self._judge is not None
         assert self._policy is not None
-        bpf.swap(self._link, judge.program)
+        try:
+            bpf.swap(self._link, judge.program)
+        except OSError as err:
+            self.discard(judge)
+            raise KernelError(_why_not(err)) from err
         self._leaving.append((self._judge, self._policy))
         self._judge, self._policy = judge, policy
         self._loop.later(LINGER_S, self._see_off)

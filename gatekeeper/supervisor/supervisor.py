@@ -287,10 +287,13 @@ class Supervisor:
             for opened in self._closing if failure is None else fresh.values():
                 opener.close(opened)
             self._closing = []
-            if judge is not None and self._enforcer is not None:
-                self._enforcer.swap(judge, new) if failure is None else self._enforcer.discard(judge)
             if failure is None:
                 crew.bring_up_to_date()
+            try:
+                if judge is not None and self._enforcer is not None:
+                    self._enforcer.swap(judge, new) if failure is None else self._enforcer.discard(judge)
+            except KernelError as err:
+                failure = f"workers have the new policy, the kernel still has the one before: {err}"
             self._reloaded_or_not(failure)
 
         crew.change = Change(self._loop, new, crew.those_serving(), committing, done)
