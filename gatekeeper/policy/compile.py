@@ -43,6 +43,7 @@ class Table:
 
     v4: array[int]
     v4_index: array[int]
+    v6_index: array[int]
     v6_high: array[int]
     v6_low: array[int]
     v6_class: array[int]
@@ -75,7 +76,8 @@ def compile_policy(policy: Policy) -> Table:
     assert isinstance(v6_starts, Wide)
     return Table(
         v4=_packed(v4_starts, v4_class),
-        v4_index=_index(v4_starts),
+        v4_index=_index(v4_starts, 0, 32),
+        v6_index=_index(v6_starts.high, *span(v6_starts.high)),
         v6_high=v6_starts.high,
         v6_low=v6_starts.low,
         v6_class=v6_class,
@@ -284,10 +286,18 @@ def _detail(policy: Policy, listener: int, number: int) -> Detail:
     return listener, number - 1, policy.rules[number - 1].action, Reason.RULE
 
 
-def _index(starts: array[int]) -> array[int]:
-    """Return where each of 2**n equal parts of all IPv4 addresses begins in the table, and the table's length."""
-    parts_bits = min(max(len(starts).bit_length() - _PER_PART_BITS, 0), _INDEX_BITS)
-    parts = range(0, 1 << 32, 1 << (32 - parts_bits))
+def span(highs: Sequence[int]) -> tuple[int, int]:
+    """Return where the upper halves of the IPv6 ranges begin after the first, and how many bits their distances need.
+
+    All addresses in use lie in a small part of what there could be; an index of everything would be of no use.
+    """
+    return (highs[1], (highs[-1] - highs[1]).bit_length()) if len(highs) > 1 else (0, 0)
+
+
+def _index(starts: array[int], first: int, bits: int) -> array[int]:
+    """Return where each of 2**n equal parts of the 2**bits addresses from ``first`` begins in the table, and its length."""
+    parts_bits = min(max(len(starts).bit_length() - _PER_PART_BITS, 0), _INDEX_BITS, bits)
+    parts = range(first, first + (1 << bits), 1 << (bits - parts_bits))
     return array("I", [*map(bisect_left, repeat(starts), parts), len(starts)])
 
 

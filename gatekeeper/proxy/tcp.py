@@ -80,7 +80,7 @@ class TcpGate(Gate):
         take = self.sock._accept  # type: ignore[attr-defined]  # noqa: SLF001 - a descriptor without a wrapper object
         for taken in range(self.batch):
             if shared.open_fds + FDS_PER_SESSION > shared.max_fds:
-                self.pause("too few file descriptors for another session")
+                self.pause("too few file descriptors for another session (raise LimitNOFILE= or ulimit -n)")
                 return
             try:
                 fd, peer = take()

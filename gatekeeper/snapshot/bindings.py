@@ -74,7 +74,9 @@ class Bindings:
             new.details.append(slot)
         for endpoint in meta["endpoints"]:
             listener = meta["listeners"][endpoint["listener"]]
-            address = EndpointKey(listener["name"], listener["protocol"], endpoint["address"], endpoint["backend"]["text"])
+            address = EndpointKey(
+                listener["name"], listener["protocol"], endpoint["address"], endpoint["backend"]["text"]
+            )
             new.rows.append(new.endpoints.setdefault(address, len(new.endpoints)))
         return new
 
@@ -87,16 +89,23 @@ class Bindings:
 
     def to_json(self) -> bytes:
         """Return the bindings as one JSON document."""
-        return json.dumps({
-            "generation": self.generation,
-            "listeners": self.listeners,
-            "verdicts": [[slot, key.listener, key.action, key.rule, key.reason] for key, slot in self.verdicts.items()],
-            "endpoints": [[number, key.listener, key.protocol, key.address, key.backend]
-                          for key, number in self.endpoints.items()],
-            "details": self.details,
-            "rows": self.rows,
-            "next_slot": self.next_slot,
-        }, separators=(",", ":")).encode()
+        return json.dumps(
+            {
+                "generation": self.generation,
+                "listeners": self.listeners,
+                "verdicts": [
+                    [slot, key.listener, key.action, key.rule, key.reason] for key, slot in self.verdicts.items()
+                ],
+                "endpoints": [
+                    [number, key.listener, key.protocol, key.address, key.backend]
+                    for key, number in self.endpoints.items()
+                ],
+                "details": self.details,
+                "rows": self.rows,
+                "next_slot": self.next_slot,
+            },
+            separators=(",", ":"),
+        ).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Bindings:

@@ -17,9 +17,9 @@ _ALIGNMENT = 8
 def encode(config: Config) -> list[bytes | memoryview]:
     """Return a snapshot in parts that follow one another; the large ones are views, not copies."""
     table = compile_policy(config.policy)
+    v6 = (table.v6_high, table.v6_low, table.v6_class, table.v6_index)
     sections: list[bytes | memoryview] = [
-        memoryview(part).cast("B")
-        for part in (table.v4, table.v4_index, table.v6_high, table.v6_low, table.v6_class, table.matrix)
+        memoryview(part).cast("B") for part in (table.v4, table.v4_index, *v6, table.matrix)
     ]
     sections.append(json.dumps(_meta(config, table), separators=(",", ":")).encode())
     places: list[int] = []

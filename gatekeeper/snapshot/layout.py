@@ -7,6 +7,7 @@
     v6_high     unsigned 64-bit: upper half of the first address of each range; (high, low) is sorted, starts at 0
     v6_low      unsigned 64-bit: lower half
     v6_class    unsigned 32-bit
+    v6_index    as v4_index, by v6_high; its parts divide what lies between the second range and the last, in bits
     matrix      unsigned 32-bit [row][class]: verdict words
     meta        UTF-8 JSON: see `gatekeeper.snapshot.encode`
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import struct
 
 MAGIC = b"GKSNAP01"
-SECTIONS = ("v4", "v4_index", "v6_high", "v6_low", "v6_class", "matrix", "meta")
+SECTIONS = ("v4", "v4_index", "v6_high", "v6_low", "v6_class", "v6_index", "matrix", "meta")
 HEADER = struct.Struct("<8s" + "QQ" * len(SECTIONS))
 
 LOCAL_CLASS = 0  # the class of a peer without an address

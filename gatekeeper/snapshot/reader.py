@@ -11,11 +11,12 @@ from operator import lt
 from typing import Any
 
 from gatekeeper.errors import SnapshotError
+from gatekeeper.policy.compile import span
 from gatekeeper.policy.model import Action, Reason
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT, HEADER, LOW32, MAGIC, SECTIONS
 
 _ALIGNMENT = 8
-_ITEM_SIZE = {"v4": 8, "v4_index": 4, "v6_high": 8, "v6_low": 8, "v6_class": 4, "matrix": 4, "meta": 1}
+_ITEM_SIZE = {"v4": 8, "v4_index": 4, "v6_high": 8, "v6_low": 8, "v6_class": 4, "v6_index": 4, "matrix": 4, "meta": 1}
 _MOST_PARTS = 1 << 16
 _LABELS = {action.label: action for action in Action}
 _REASONS = {str(reason) for reason in Reason}
@@ -37,13 +38,14 @@ class Snapshot:
         sections = _sections(view)
         self.v4 = sections["v4"].cast("Q")
         self.v4_index = sections["v4_index"].cast("I")
-        parts = len(self.v4_index) - 1
-        if parts < 1 or parts > _MOST_PARTS or parts & (parts - 1):
-            raise SnapshotError(f"the IPv4 index has {parts} parts, not a power of two")
-        self._shift = 33 - parts.bit_length()  # from an address to its part
+        self._shift = 32 - _parts_bits("IPv4", self.v4_index)  # from an address to its part
         self.v6_high = sections["v6_high"].cast("Q")
         self.v6_low = sections["v6_low"].cast("Q")
         self.v6_class = sections["v6_class"].cast("I")
+        self.v6_index = sections["v6_index"].cast("I")
+        self._v6_first, bits = span(self.v6_high)
+        self._v6_last = (1 << bits) - 1
+        self._v6_shift = max(bits - _parts_bits("IPv6", self.v6_index), 0)
         self.matrix = sections["matrix"].cast("I")
         try:
             self.meta: dict[str, Any] = json.loads(bytes(sections["meta"]))
@@ -61,11 +63,16 @@ class Snapshot:
 
     def lookup_v6(self, high: int, low: int) -> int:
         """Return the class of an IPv6 address, given as halves; never an IPv4-mapped one."""
-        highs = self.v6_high
-        at = bisect_right(highs, high) - 1
+        highs, index = self.v6_high, self.v6_index
+        part = high - self._v6_first
+        if part < 0:
+            return self.v6_class[0]
+        part = min(part, self._v6_last) >> self._v6_shift
+        least = index[part]
+        at = bisect_right(highs, high, least, index[part + 1]) - 1
         if highs[at] == high and self.v6_low[at] > low:
             # Several ranges start in this /64, the last of them behind the address.
-            at = bisect_right(self.v6_low, low, bisect_left(highs, high, 0, at), at) - 1
+            at = bisect_right(self.v6_low, low, bisect_left(highs, high, least, at), at) - 1
         return self.v6_class[at]
 
     def verdict(self, row: int, found: int) -> int:
@@ -79,7 +86,7 @@ class Snapshot:
             SnapshotError: nothing in this snapshot may be used.
         """
         _check_v4(self.v4, self.v4_index, self.classes)
-        _check_v6(self.v6_high, self.v6_low, self.v6_class, self.classes)
+        _check_v6(self.v6_high, self.v6_low, self.v6_class, self.v6_index, self.classes)
         try:
             _check_meta(self)
         except (LookupError, TypeError, AttributeError, ValueError) as err:
@@ -100,6 +107,14 @@ def _sections(view: memoryview) -> dict[str, memoryview]:
     return sections
 
 
+def _parts_bits(family: str, index: memoryview) -> int:
+    """Return the n of an index of 2**n parts."""
+    parts = len(index) - 1
+    if parts < 1 or parts > _MOST_PARTS or parts & (parts - 1):
+        raise SnapshotError(f"the {family} index has {parts} parts, not a power of two")
+    return parts.bit_length() - 1
+
+
 def _check_v4(v4: memoryview, index: memoryview, classes: int) -> None:
     if not v4 or v4[0] >> 32:
         raise SnapshotError("the IPv4 table does not start at address 0")
@@ -117,7 +132,7 @@ def _check_v4(v4: memoryview, index: memoryview, classes: int) -> None:
         raise SnapshotError("the IPv4 table names a class that does not exist")
 
 
-def _check_v6(high: memoryview, low: memoryview, found: memoryview, classes: int) -> None:
+def _check_v6(high: memoryview, low: memoryview, found: memoryview, index: memoryview, classes: int) -> None:
     if not len(high) == len(low) == len(found):
         raise SnapshotError("the IPv6 tables differ in length")
     if not high or high[0] or low[0]:
@@ -127,6 +142,10 @@ def _check_v6(high: memoryview, low: memoryview, found: memoryview, classes: int
         map(lt, zip(highs, lows, strict=True), islice(zip(highs, lows, strict=True), 1, None))
     ):
         raise SnapshotError("the IPv6 table is not sorted")
+    first, bits = span(highs)
+    parts = range(first, first + (1 << bits), max((1 << bits) // (len(index) - 1), 1))
+    if index.tolist() != [*map(bisect_left, repeat(highs), parts), len(highs)]:
+        raise SnapshotError("the IPv6 index does not belong to the table")
     if max(found) >= classes:
         raise SnapshotError("the IPv6 table names a class that does not exist")
 

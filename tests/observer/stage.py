@@ -65,8 +65,8 @@ def make_meta(
 
 def make_snapshot(meta: dict[str, Any]) -> int:
     """Return a sealed memfd with a small snapshot: good enough to read its meta section."""
-    width = {"v4": 8, "v4_index": 4, "v6_high": 8, "v6_low": 8, "v6_class": 4, "matrix": 4}
-    values = {"v4": [1], "v4_index": [0, 1], "v6_high": [0], "v6_low": [0], "v6_class": [1], "matrix": [2, 2]}
+    width = {"v4": 8, "v4_index": 4, "v6_high": 8, "v6_low": 8, "v6_class": 4, "v6_index": 4, "matrix": 4}
+    values = {"v4": [1], "v4_index": [0, 1], "v6_high": [0], "v6_low": [0], "v6_class": [1], "v6_index": [0, 1], "matrix": [2, 2]}
     parts = {name: b"".join(value.to_bytes(width[name], "little") for value in values[name]) for name in values}
     parts["meta"] = json.dumps(meta).encode()
     at, places, body = HEADER.size, [], b""

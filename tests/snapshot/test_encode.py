@@ -24,7 +24,7 @@ from gatekeeper.policy.model import (
 from gatekeeper.policy.ranges import AddressSet
 from gatekeeper.snapshot.bindings import Bindings
 from gatekeeper.snapshot.encode import encode, write
-from gatekeeper.snapshot.layout import HEADER, MAGIC, SECTIONS
+from gatekeeper.snapshot.layout import HEADER, LOW64, MAGIC, SECTIONS
 from gatekeeper.snapshot.reader import Snapshot
 from tests.policy.generated import NOWHERE
 
@@ -49,8 +49,20 @@ def example(*, metrics: bool = True) -> Config:
         5.0, 20.0, 30.0, 1, None, NOWHERE,
     )  # fmt: skip
     rules = (
-        Rule("office", Action.ALLOW, Sources(OFFICE, AddressSet.EMPTY, False, "office", ""), (Target("ssh"),), Place("a.yaml", 7, 5)),
-        Rule("all", Action.DROP, Sources(AddressSet.EVERYTHING, AddressSet.EMPTY, True, "any", ""), None, Place("b.yaml", 9, 5)),
+        Rule(
+            "office",
+            Action.ALLOW,
+            Sources(OFFICE, AddressSet.EMPTY, False, "office", ""),
+            (Target("ssh"),),
+            Place("a.yaml", 7, 5),
+        ),
+        Rule(
+            "all",
+            Action.DROP,
+            Sources(AddressSet.EVERYTHING, AddressSet.EMPTY, True, "any", ""),
+            None,
+            Place("b.yaml", 9, 5),
+        ),
     )
     endpoint = Endpoint(Protocol.TCP, 4, "127.0.0.1", 9180) if metrics else None
     settings = Settings(2, endpoint, "/run/control.sock", "/var/log/audit.json", "/var/lib/gatekeeper")
@@ -144,3 +156,21 @@ def test_the_index_leads_to_every_part(ranges: int) -> None:
     assert snapshot.v4_index.tolist() == [
         *(bisect_left(starts, part * (1 << 32) // parts << 32) for part in range(parts)), len(starts),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranges", [0, 1, 40, 3000])
+@pytest.mark.parametrize("step", [1 << 40, 1 << 64, 1 << 100])
+def test_the_ipv6_index_leads_to_every_range(ranges: int, step: int) -> None:
+    """Whether ranges share a /64 or lie far apart: at every bound the table answers as the policy does."""
+    first = 0x20010DB8 << 96
+    listed = [(first + at * step, first + at * step + 7) for at in range(1, ranges + 1) if at * step < 1 << 124]
+    one = Rule("one", Action.DENY, Sources(AddressSet.of(v6=listed), AddressSet.EMPTY, False, "", ""), None, NOWHERE)
+    policy = Policy(example().policy.listeners, (one,), Action.ALLOW, NOWHERE)
+    snapshot = Snapshot(b"".join(encode(Config(policy, Settings(), ""))))
+    snapshot.validate()
+    inside = {snapshot.lookup_v6(at >> 64, at & LOW64) for low, high in listed for at in (low, high)}
+    around = [at for low, high in listed for at in (low - 1, high + 1)]
+    outside = {snapshot.lookup_v6(at >> 64, at & LOW64) for at in [0, 1, first, (1 << 128) - 1, *around]}
+    assert len(outside) == 1
+    assert len(inside) == (1 if listed else 0)
+    assert not inside & outside
