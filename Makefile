@@ -10,11 +10,12 @@ STAMP := $(VENV)/.gatekeeper-installed
 BENCH_STAMP := $(BENCH_VENV)/.gatekeeper-installed
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test endurance lint bench clean
 
 help:
 	@echo "make demo    see it work: a gate in front of a built-in backend, on loopback"
 	@echo "make test    all tests            (PYTEST_ARGS='tests/cli -k check' for some of them)"
+	@echo "make endurance   the long forms: crowds, floods, mutants, mixed faults   (GATEKEEPER_ENDURANCE_S=1800 for half an hour)"
 	@echo "make lint    ruff, mypy --strict and the import contracts"
 	@echo "make bench   side by side with HAProxy, nginx and Envoy   (BENCH_ARGS='--turns 5', see bench/README.md)"
 	@echo "make clean   remove the virtual environment and caches"
@@ -29,6 +30,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+endurance: $(STAMP)
+	$(BIN)/python -m pytest --long tests/endurance
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
