@@ -13,5 +13,9 @@ class SnapshotError(GatekeeperError):
     """Bytes that claim to be a snapshot are not one: nothing in them may be used."""
 
 
+class KernelError(GatekeeperError):
+    """The kernel cannot refuse for us; the message says what is missing and how to mend it."""
+
+
 class ChannelClosed(GatekeeperError):
     """The process at the other end of a control channel is gone."""

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gatekeeper.kernel import memfd, privileges, steering
+from gatekeeper.kernel import bpf, memfd, privileges, steering
+from gatekeeper.kernel.asm import R0, Assembler
 
 OLDEST_KERNEL = (5, 1)  # F_SEAL_FUTURE_WRITE: counters that only their own worker can write
 BACKLOG = 4096  # what we ask for on each listening socket
@@ -177,6 +178,30 @@ def steer() -> Finding:
     return Finding("steering", State.OK, "8 of 8 sources met their worker", why)
 
 
+def refusing() -> Finding:
+    """Load a program that judges nothing, and see whether anybody else's judges here."""
+    why = "With `kernel: auto` or `require` refusals happen in the kernel, before there is a connection (sk_lookup)."
+    code = Assembler()
+    code.do(R0, "=", 1)
+    code.exit()
+    try:
+        os.close(bpf.load(code.assemble({}), code.listing()))
+        os.close(bpf.create_map(bpf.ARRAY, 4, 8, 1, bpf.MMAPABLE))
+        with open("/proc/self/ns/net", "rb") as namespace:
+            others = len(bpf.attached(namespace.fileno()))
+    except OSError as err:
+        fix = bpf.advice(err) or "Look for the error in the kernel's log."
+        return Finding("sk_lookup", State.WARN, f"workers refuse; the kernel cannot: {os.strerror(err.errno or 0)}", why, fix)
+    if others:
+        return Finding(
+            "sk_lookup", State.WARN, f"the kernel can refuse, but {others} programs judge here already", why,
+            "`bpftool net` shows whose they are: what they let in, a refusal of ours cannot keep out.",
+        )  # fmt: skip
+    if _sysctl("net/core/bpf_jit_enable", 1) == 0:
+        return Finding("sk_lookup", State.WARN, "the kernel can refuse, slowly", why, "sysctl net.core.bpf_jit_enable=1")
+    return Finding("sk_lookup", State.OK, "the kernel can refuse", why)
+
+
 def seals() -> Finding:
     """Seal shared memory and try to map it writable afterwards."""
     why = "A compiled policy is memory that nobody can change, and counters have one writer (memfd seals)."
@@ -250,7 +275,7 @@ def python() -> Finding:
 
 
 PROBES: tuple[Callable[[], Finding], ...] = (
-    kernel, python, user, low_ports, ipv6, descriptors, accept_queue, udp_buffers, pipes, steer, seals, splicing,
+    kernel, python, user, low_ports, ipv6, descriptors, accept_queue, udp_buffers, pipes, steer, refusing, seals, splicing,
     state_directory, addresses,
 )  # fmt: skip
 

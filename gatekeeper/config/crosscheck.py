@@ -24,6 +24,14 @@ CIRCLE_SHOWN = 12  # names in the message about a set that contains itself
 TCP_ONLY = ("connect_timeout", "half_close_timeout")
 UDP_ONLY = ("max_responses",)
 METRICS = "the metrics"
+NOT_GUARDED = {  # and why
+    "backend": "the service has the address itself",
+    "connect_timeout": "nothing is dialled",
+    "idle_timeout": "its sessions do not pass through us",
+    "half_close_timeout": "its sessions do not pass through us",
+    "max_responses": "its sessions do not pass through us",
+    "max_sessions": "its sessions do not pass through us",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +99,14 @@ def crosscheck(root: Value, files: Files) -> None:
     if listen is not None:
         watched += [Watched("tcp", span, listen.spot, METRICS) for span in _spans(listen)]
     _check_overlaps(watched, files)
-    ours = _Ours(one for one in watched if one.owner != METRICS)
+    guarded = [listener for listener in listeners.items() if _is_guarded(listener)] if listeners else []
+    owners = {METRICS, *map(_name, guarded)}  # a guarded address is a service's, and can be a backend
+    ours = _Ours(one for one in watched if one.owner not in owners)
     for listener in listeners.items() if listeners else ():
-        if isinstance(listener.data, dict):
+        if isinstance(listener.data, dict) and not _is_guarded(listener):
             _check_backend(listener, ours, files)
+            _check_on_exit(listener, files)
+    _check_guarded(guarded, root, files)
 
 
 def _check_unique(section: Value | None, kind: str, files: Files) -> None:
@@ -140,6 +152,43 @@ def _check_circles(sets: Value | None, files: Files) -> None:
 def _protocol(listener: Value) -> str:
     protocol = listener.get("protocol")
     return "udp" if protocol is not None and protocol.data == "udp" else "tcp"
+
+
+def _is_guarded(listener: Value) -> bool:
+    path = listener.get("path")
+    return path is not None and path.data == "guard"
+
+
+def _check_on_exit(listener: Value, files: Files) -> None:
+    if listener.get("on_exit") is not None:
+        message = 'on_exit is for guarded listeners: what we listen at ourselves is closed when we are gone; remove it, or write "path: guard"'
+        files.error(listener.keys["on_exit"], "listener.on_exit", message)
+
+
+def _check_guarded(guarded: list[Value], root: Value, files: Files) -> None:
+    """Report what cannot be had where the kernel refuses and steps aside."""
+    first: Value | None = None
+    for listener in guarded:
+        for key, why in NOT_GUARDED.items():
+            if listener.get(key) is not None:
+                files.error(listener.keys[key], f"listener.{key}", f"{key} is nothing for a guarded listener: {why}; remove it")
+        listen = listener.get("listen")
+        for item in listen.items() if listen else ():
+            if any(span.family == 0 for span in _spans(item)):
+                files.error(item.spot, "listener.listen", "the kernel guards ports; a unix socket has none: use the rights of its file")
+        on_exit = listener.get("on_exit")
+        if on_exit is None:
+            message = 'the key "on_exit" is missing here: closed (the last policy stays in force when gatekeeper is gone) or open (nobody is refused then)'
+            files.error(listener.spot, "missing-key", message)
+        elif first is None:
+            first = on_exit
+        elif on_exit.data != first.data and on_exit.data in {"closed", "open"}:
+            message = f"one program guards all listeners, and line {first.spot.place.line} says {quote(first.text)}: write the same here"
+            files.error(on_exit.spot, "listener.on_exit", message)
+    kernel = root.get("kernel")
+    if guarded and kernel is not None and kernel.data in {"auto", "off"}:
+        message = f'{_name(guarded[0])} is guarded, which only the kernel can do: write "require", or leave the key out'
+        files.error(kernel.spot, "kernel", message)
 
 
 def _name(listener: Value) -> str:

@@ -183,15 +183,6 @@ def parse_target(value: Any, info: ValidationInfo) -> Target | str:
     raise _names(info).unknown("listener", text, _names(info).listeners, hint)
 
 
-def parse_relay(value: Any) -> str:
-    """Return how connections reach the backend."""
-    if value == "guard":
-        raise Refusal("not-yet", '"path: guard" is not supported yet: remove it, or write "path: relay"')
-    if value != "relay":
-        raise ValueError(f'expected "relay", not {describe(value)}')
-    return "relay"
-
-
 def _names(info: ValidationInfo) -> Names:
     return info.context if isinstance(info.context, Names) else Names()
 
@@ -286,7 +277,15 @@ Places = Annotated[
     BeforeValidator(listing("an address and a port, or a list of them", "listen is empty: write one like 0.0.0.0:22")),
     WithJsonSchema(_one_or_more({**_TEXT, "examples": ["0.0.0.0:22", "[::]:22", "*:22", "unix:/run/x.sock"]})),
 ]
-BackendText = Annotated[Backend, parsed(addresses.parse_backend, "an address and a port"), WithJsonSchema(_TEXT)]
+OWN_PORT = Backend(0, "", 0)  # of a guarded listener: the service is at the listener's own addresses
+
+
+def parse_backend(value: Any) -> Backend:
+    """Return what a listener protects."""
+    return OWN_PORT if value is OWN_PORT else addresses.parse_backend(as_text(value, "an address and a port"))
+
+
+BackendText = Annotated[Backend, BeforeValidator(parse_backend), WithJsonSchema(_TEXT)]
 From = Annotated[
     list[Annotated[Member, BeforeValidator(parse_member)]],
     BeforeValidator(alone),

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from gatekeeper.config import fields
 from gatekeeper.config.addresses import Span
@@ -29,6 +29,10 @@ from gatekeeper.config.fields import (
 )
 from gatekeeper.policy.model import Protocol
 
+PATHS = ("relay", "guard")
+ON_EXIT = ("closed", "open")
+KERNEL_MODES = ("auto", "off", "require")
+
 
 class Strict(BaseModel):
     """What all mappings of a rule file have in common.
@@ -41,10 +45,16 @@ class Strict(BaseModel):
     LATER: ClassVar[frozenset[str]] = frozenset()
 
 
+def _backend_is_not_always_there(schema: dict[str, Any]) -> None:
+    schema["required"].remove("backend")
+
+
 class ListenerModel(Strict):
     """A listener: addresses we watch and the backend they protect."""
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"accept_proxy", "send_proxy", "on_exit", "limits"})
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_backend_is_not_always_there)
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"accept_proxy", "send_proxy", "limits"})
     KIND: ClassVar[str] = "listener"
 
     name: Name = Field(description="a unique name, like ssh: it is the metric label and the log field")
@@ -57,8 +67,13 @@ class ListenerModel(Strict):
     backend: BackendText = Field(
         description="what it protects, like 127.0.0.1:2222 or unix:/run/app.sock; an address without a port keeps the destination port"
     )
-    path: Annotated[str, BeforeValidator(fields.parse_relay), WithJsonSchema({"enum": ["relay"]})] = Field(
-        default="relay", description="relay: connections are carried to the backend"
+    path: Annotated[str, choice(PATHS), WithJsonSchema({"enum": list(PATHS)})] = Field(
+        default="relay",
+        description="relay (the default): connections are carried to the backend; guard: the service owns the port, and the kernel refuses whom the policy refuses",
+    )
+    on_exit: Annotated[str | None, choice(ON_EXIT), WithJsonSchema({"enum": list(ON_EXIT)})] = Field(
+        default=None,
+        description="what happens to a guarded port when gatekeeper is gone: closed (the last policy stays in force) or open (nobody is refused)",
     )
     connect_timeout: Seconds = Field(default=None, description="how long a dial to the backend may take (5s); tcp only")
     idle_timeout: Seconds = Field(default=None, description="how long a session may be silent (24h for tcp, 60s for udp)")
@@ -71,6 +86,14 @@ class ListenerModel(Strict):
     max_sessions: Annotated[
         int | None, counted(1, 10_000_000, "a number of sessions"), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": 10_000_000})
     ] = Field(default=None, description="sessions live at once, new ones beyond are refused (unlimited for tcp, 10000 for udp)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_port(cls, data: Any) -> Any:
+        """Stand in for the backend of a guarded listener, which has none."""
+        if isinstance(data, dict) and data.get("path") == "guard" and "backend" not in data:
+            return data | {"backend": fields.OWN_PORT}
+        return data
 
 
 class SetFile(Strict):
@@ -150,7 +173,7 @@ MetricsItem = Annotated[
 class RuleFile(Strict):
     """A gatekeeper rule file: listeners, sets, rules, and what they must hold."""
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"limits", "bans", "decoys", "kernel", "control", "on_reload"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"limits", "bans", "decoys", "control", "on_reload"})
     KIND: ClassVar[str] = "file"
 
     version: Annotated[int, BeforeValidator(fields.parse_version), WithJsonSchema({"const": 1})] = Field(
@@ -169,6 +192,10 @@ class RuleFile(Strict):
     metrics: MetricsItem = Field(default="off", description="where Prometheus scrapes: {listen: 127.0.0.1:9180}, or off (the default)")
     audit: Annotated[str, parsed(fields.parse_audit, "stdout, journald, off or a path"), WithJsonSchema({"type": "string"})] = Field(
         default="stdout", description="where the audit log goes: stdout (the default), journald, a path, or off"
+    )
+    kernel: Annotated[str | None, choice(KERNEL_MODES), WithJsonSchema({"enum": list(KERNEL_MODES)})] = Field(
+        default=None,
+        description="who refuses: auto (the kernel, before there is a connection, or workers where it cannot), require (the kernel, or nothing starts; the default where a listener is guarded), or off (workers; the default elsewhere)",
     )
     state: Annotated[str | None, BeforeValidator(fields.as_path), WithJsonSchema({"type": "string"})] = Field(
         default=None, description="a directory that one running gatekeeper owns: its lock is there"

@@ -142,6 +142,7 @@ def _listener(model: ListenerModel, place: Place) -> Listener:
         max_responses=model.max_responses,
         max_sessions=model.max_sessions or MAX_SESSIONS[model.protocol],
         place=place,
+        on_exit=model.on_exit,
     )
 
 
@@ -155,4 +156,5 @@ def _settings(file: RuleFile, path: str) -> Settings:
         metrics=metrics,
         audit=absolute(file.audit, path) if "/" in file.audit else file.audit,
         state=absolute(file.state, path) if file.state else None,
+        kernel=file.kernel or ("require" if any(one.path == "guard" for one in file.listeners) else "off"),
     )

@@ -27,6 +27,7 @@ CAP_NET_BIND_SERVICE = 10
 CAP_NET_ADMIN = 12
 CAP_SYS_PTRACE = 19
 CAP_SYS_RESOURCE = 24
+CAP_BPF = 39
 
 # What a supervisor that is root makes use of; the rest it gives up. Everything of it that it does not hold is missed
 # only where it would have been used.
@@ -35,7 +36,8 @@ SUPERVISOR_USES = frozenset({
     CAP_SETUID, CAP_SETGID, CAP_SETPCAP,  # children turn into somebody else and empty their bounding set
     CAP_KILL,  # and can still be ended then
     CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH,  # unix sockets, the audit file, the state; rule files, for the compiler
-    CAP_NET_ADMIN,  # receive buffers larger than net.core.rmem_max
+    CAP_NET_ADMIN,  # receive buffers larger than net.core.rmem_max; the kernel program
+    CAP_BPF,  # the kernel program; given up when the rule file does not ask for it
     CAP_SYS_PTRACE,  # to say who has an address
     CAP_SYS_RESOURCE,  # more descriptors on their way to children than one user may have
 })  # fmt: skip
@@ -107,6 +109,19 @@ def harden() -> None:
         _keep_only(SUPERVISOR_USES & held)
     # A worker may run as the same user, and a stranger may have taken it over.
     _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def give_up(capability: int) -> None:
+    """Do without one capability from now on.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    held = effective_capabilities()
+    if capability in held:
+        if CAP_SETPCAP in held:
+            _prctl(_PR_CAPBSET_DROP, capability)
+        _keep_only(held - {capability})
 
 
 def drop(uid: int | None, gid: int | None, groups: list[int] | tuple[int, ...] | None, supervisor_pid: int) -> None:

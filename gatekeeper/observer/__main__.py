@@ -14,7 +14,7 @@ import importlib
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gatekeeper.errors import ChannelClosed
@@ -60,22 +60,29 @@ async def _run(channel: Channel, start: dict[str, Any], fds: list[int]) -> None:
     sink = open_sink(start["audit"], fds)  # its thread starts here: after the privileges went
     listening = socket.socket(fileno=fds.pop(0)) if start["metrics"] else None
     renderer = Renderer()
-    events = Events([socket.socket(fileno=fd) for fd in fds], renderer, sink)
-    control = Control(channel, service, renderer, sink)
-    renderer.catch_up, control.before_event = control.catch_up, events.read_all
+    renderers, sources = [renderer], []
+    if start.get("kernel"):
+        renderers.append(Renderer("kernel"))
+        sources.append(Events([socket.socket(fileno=fds.pop(0))], renderers[1], sink))
+    sources.append(Events([socket.socket(fileno=fd) for fd in fds], renderer, sink))
+    control = Control(channel, service, renderers, sink)
+    control.before_event = lambda: _read_all(sources)
     control.watch(loop)
-    events.watch(loop)
+    for each in renderers:
+        each.catch_up = control.catch_up
+    for events in sources:
+        events.watch(loop)
     loop.add_signal_handler(signal.SIGTERM, control.end)
     with contextlib.suppress(ChannelClosed):  # reading from the channel ends us then
         channel.send({"op": "ready"})
 
     def lost() -> list[tuple[str, int]]:
-        return [("audit", sink.lost if sink is not None else 0), ("malformed", renderer.malformed)]
+        return [("audit", sink.lost if sink is not None else 0), ("malformed", sum(each.malformed for each in renderers))]
 
     try:
         await _serve_until_ended(service, control, listening, lost)
     finally:
-        _finish(events, sink)
+        _finish(sources, sink)
 
 
 async def _serve_until_ended(
@@ -95,9 +102,14 @@ async def _serve_until_ended(
     await control.ended.wait()
 
 
-def _finish(events: Events, sink: Sink | None) -> None:
+def _read_all(sources: Sequence[Events]) -> None:
+    for events in sources:
+        events.read_all()
+
+
+def _finish(sources: Sequence[Events], sink: Sink | None) -> None:
     """Write what was reported to the end, as far as the audit log takes it."""
-    events.read_all()
+    _read_all(sources)
     if sink is not None and not sink.close(PATIENCE_S):
         say("the audit log did not take the last lines")
 

@@ -40,8 +40,9 @@ Shape = tuple[str, str, str, str]
 class Renderer:
     """Turns records into lines. ``malformed`` counts those that could not be."""
 
-    def __init__(self) -> None:
+    def __init__(self, enforced_by: str = "worker") -> None:
         self.malformed = 0
+        self._enforced_by = _json(enforced_by)
         # Reads what the supervisor has said in the meantime: a record may be here before its policy.
         self.catch_up: Callable[[], None] = lambda: None
         self._verdicts: dict[int, VerdictKey] = {}
@@ -101,7 +102,13 @@ class Renderer:
         known = kind in EVENT_TYPES and end in ENDS and family in (0, 4, 6)
         if verdict is None or endpoint is None or verdict.listener != endpoint.listener or not known:
             return None
-        shape = _suppressed(verdict, endpoint) if kind == SUPPRESSED else _ended(kind, end, family, verdict, endpoint)
+        words = _labels(verdict)
+        if kind == SUPPRESSED or family == 0:
+            words += f',"endpoint":{_json(endpoint.address)}'
+        if kind == SUPPRESSED:
+            shape = _suppressed(words, endpoint, self._enforced_by)
+        else:
+            shape = _ended(kind, end, words, endpoint, self._enforced_by)
         if len(self._shapes) >= CACHED_SHAPES:
             self._shapes.clear()
         self._shapes[kind, end, family, slot, number] = shape
@@ -128,25 +135,21 @@ def service_event(event: dict[str, Any], now_s: float) -> str:
     }) + "\n"  # fmt: skip
 
 
-def _ended(kind: int, end: int, family: int, verdict: VerdictKey, endpoint: EndpointKey) -> Shape:
-    words = _labels(verdict)
-    if family == 0:
-        words += f',"endpoint":{_json(endpoint.address)}'
+def _ended(kind: int, end: int, words: str, endpoint: EndpointKey, enforced_by: str) -> Shape:
     return (
         f'Z","event_type":"{EVENT_TYPES[kind]}","flow_id":',
         f',"proto":"{endpoint.protocol.upper()}","gatekeeper":{{{words},"peer_ip":',
         f',"backend":{_json(endpoint.backend)}',
-        f',"end":"{ENDS[end]}","enforced_by":"worker"}}}}\n',
+        f',"end":"{ENDS[end]}","enforced_by":{enforced_by}}}}}\n',
     )
 
 
-def _suppressed(verdict: VerdictKey, endpoint: EndpointKey) -> Shape:
-    words = f'{_labels(verdict)},"endpoint":{_json(endpoint.address)}'
+def _suppressed(words: str, endpoint: EndpointKey, enforced_by: str) -> Shape:
     return (
         f'Z","event_type":"refusals_suppressed","proto":"{endpoint.protocol.upper()}","gatekeeper":{{{words},"count":',
         "",
         "",
-        ',"enforced_by":"worker"}}\n',
+        f',"enforced_by":{enforced_by}}}}}\n',
     )
 
 

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from gatekeeper import __version__
 from gatekeeper.observer.state import Service, Totals
+from gatekeeper.policy.model import Reason
 from gatekeeper.snapshot.counters import DIAL_BOUNDS_S, DURATION_BOUNDS_S, Cause, End, ListenerSlot, WorkerSlot
 
 # Simple counters by listener: name, offset in the listener's block, help.
@@ -77,6 +78,8 @@ HISTOGRAMS = (
     ),
 )
 
+KERNEL_REASONS = (str(Reason.RULE), str(Reason.DEFAULT))  # all others are about sessions, which only workers know
+
 
 class ServiceCollector(Collector):
     """Makes metric families of a `Service`. ``lost`` gives the observer's own losses: (class, count)."""
@@ -90,6 +93,7 @@ class ServiceCollector(Collector):
         service = self._service.frozen()
         totals = service.totals()
         yield _connections(service, totals)
+        yield from _kernel(service, totals)
         yield from _listeners(service, totals)
         yield from _policy(service)
         yield from _processes(service, totals)
@@ -130,6 +134,33 @@ def _connections(service: Service, totals: Totals) -> Metric:
     for key, slot in service.bindings.verdicts.items():
         family.add_metric([key.listener, key.action, key.rule, key.reason], totals.slots[slot])
     return family
+
+
+def _kernel(service: Service, totals: Totals) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "gatekeeper_kernel_enforcing",
+        "1 when the kernel refuses, before there is a connection; 0 when workers do.",
+        value=float(bool(service.state.get("kernel"))),
+    )
+    refused = CounterMetricFamily(
+        "gatekeeper_kernel_refused_attempts",
+        "Attempts (SYNs with their repetitions, UDP datagrams) that the kernel refused; rule is empty for the default.",
+        labels=["listener", "action", "rule"],
+    )
+    passed = CounterMetricFamily(
+        "gatekeeper_kernel_passed_attempts",
+        "Attempts that the kernel let pass: to a worker, or to the service that owns a guarded port.",
+        labels=["listener", "rule"],
+    )
+    if service.kernel is not None:
+        for key, slot in service.bindings.verdicts.items():
+            if key.reason not in KERNEL_REASONS:
+                continue
+            if key.action == "allow":
+                passed.add_metric([key.listener, key.rule], totals.kernel[slot])
+            else:
+                refused.add_metric([key.listener, key.action, key.rule], totals.kernel[slot])
+    yield from (refused, passed)
 
 
 def _listeners(service: Service, totals: Totals) -> Iterator[Metric]:

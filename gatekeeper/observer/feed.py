@@ -81,13 +81,13 @@ class Events:
 class Control:
     """The supervisor's channel. Owns it. `ended`: the supervisor is gone. `told`: it has said all it had to say, or ended."""
 
-    def __init__(self, channel: Channel, service: Service, renderer: Renderer, sink: Sink | None) -> None:
+    def __init__(self, channel: Channel, service: Service, renderers: Sequence[Renderer], sink: Sink | None) -> None:
         self.ended = asyncio.Event()
         self.told = asyncio.Event()
         self.before_event: Callable[[], None] = lambda: None
         self._channel = channel
         self._service = service
-        self._renderer = renderer
+        self._renderers = renderers
         self._sink = sink
         channel.sock.setblocking(False)
 
@@ -126,9 +126,12 @@ class Control:
         match message.get("op"):
             case "counters":
                 self._service.map_counters(message["worker"], fds[0])
+            case "kernel":
+                self._service.map_kernel(fds[0])
             case "policy":
                 self._service.adopt(message["generation"], fds[0], fds[1])
-                self._renderer.rename(self._service.bindings)
+                for renderer in self._renderers:
+                    renderer.rename(self._service.bindings)
             case "state":
                 self._service.state = message["state"]
                 self.told.set()

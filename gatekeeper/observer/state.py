@@ -41,6 +41,7 @@ class Totals:
 
     slots: list[int]
     stall_us: int  # the longest of all workers
+    kernel: list[int]  # the same slots as the kernel counts them: attempts, allowed and refused, by verdict
 
     def worker(self, slot: WorkerSlot) -> int:
         """Return a worker's own counter, summed."""
@@ -61,6 +62,7 @@ class Service:
     policy: PolicyView | None = None
     state: dict[str, Any] = field(default_factory=dict)
     counters: dict[int, memoryview] = field(default_factory=dict)  # worker -> slots
+    kernel: memoryview | None = None  # the same for what the kernel refused; ``None``: it does not
 
     def frozen(self) -> Service:
         """Return what is known now: pages and metrics are made in threads, while news may arrive."""
@@ -72,16 +74,16 @@ class Service:
         Raises:
             NotCounters: it is not safe to read.
         """
-        try:
-            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-            size = os.fstat(fd).st_size
-            if size < CAPACITY_BYTES or not seals & fcntl.F_SEAL_SHRINK:
-                raise NotCounters(f"{size} bytes, seals {seals:#x}")
-            memory = mmap.mmap(fd, CAPACITY_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
-        except OSError as err:
-            raise NotCounters(str(err)) from err
         # The mapping of a predecessor goes with the last view of it.
-        self.counters[worker] = memoryview(memory).cast("Q")
+        self.counters[worker] = _map(fd)
+
+    def map_kernel(self, fd: int) -> None:
+        """Read from ``fd`` what the kernel refuses; ``fd`` stays the caller's.
+
+        Raises:
+            NotCounters: it is not safe to read.
+        """
+        self.kernel = _map(fd)
 
     def adopt(self, generation: int, snapshot_fd: int, bindings_fd: int) -> None:
         """Use the names of a policy; the descriptors stay the caller's. Nothing changes when either is broken.
@@ -104,8 +106,11 @@ class Service:
         slots = [0] * length
         for view in views:
             slots = list(map(add, slots, view[:length].tolist()))
+        refused = [0] * length if self.kernel is None else self.kernel[:length].tolist()
         stall_us = max((view[WorkerSlot.LOOP_STALL_MAX_US] for view in views), default=0)
-        return Totals(slots, stall_us)
+        for slot in (WorkerSlot.EVENTS_LOST_REFUSAL, WorkerSlot.REFUSALS_SUPPRESSED):
+            slots[slot] += refused[slot]
+        return Totals(slots, stall_us, refused)
 
     def heartbeat_age_s(self, worker: int) -> float | None:
         """Return how long ago a worker's loop last turned, ``None`` when it never did as far as we know."""
@@ -139,6 +144,18 @@ class Service:
             if age_s > STALE_S:
                 return f"degraded: worker {index} has not answered for {age_s:.0f} s"
         return ""
+
+
+def _map(fd: int) -> memoryview:
+    """Return the slots of a counters memfd."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        size = os.fstat(fd).st_size
+        if size < CAPACITY_BYTES or not seals & fcntl.F_SEAL_SHRINK:
+            raise NotCounters(f"{size} bytes, seals {seals:#x}")
+        return memoryview(mmap.mmap(fd, CAPACITY_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)).cast("Q")
+    except OSError as err:
+        raise NotCounters(str(err)) from err
 
 
 def _contents(fd: int) -> bytes:

@@ -101,7 +101,11 @@ def format_address(family: int, host: str, port: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A named group of endpoints in front of one backend. Times are in seconds; ``None`` means no limit."""
+    """A named group of endpoints in front of one backend. Times are in seconds; ``None`` means no limit.
+
+    ``on_exit`` ``closed`` or ``open``: the listener is guarded, the backend has its addresses itself, and the kernel refuses;
+    ``None``: we listen, and relay.
+    """
 
     name: str
     protocol: Protocol
@@ -113,6 +117,13 @@ class Listener:
     max_responses: int | None
     max_sessions: int | None
     place: Place
+    on_exit: str | None = None
+
+    def backend_of(self, endpoint: Endpoint) -> Backend:
+        """Return where connections to one of its endpoints go."""
+        if self.on_exit is not None:
+            return Backend(endpoint.family, endpoint.host, endpoint.port)
+        return self.backend.for_port(endpoint.port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +207,7 @@ class Settings:
     """The top-level keys that concern processes rather than verdicts.
 
     ``workers`` ``None`` is one per CPU; ``metrics``, ``control`` and ``state`` ``None`` are off; ``audit`` is
-    ``stdout``, ``journald``, ``off`` or an absolute path.
+    ``stdout``, ``journald``, ``off`` or an absolute path; ``kernel`` is ``auto``, ``off`` or ``require``.
     """
 
     workers: int | None = None
@@ -204,6 +215,7 @@ class Settings:
     control: str | None = None
     audit: str = "stdout"
     state: str | None = None
+    kernel: str = "off"
 
 
 @dataclass(frozen=True, slots=True)

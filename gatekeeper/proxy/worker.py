@@ -243,7 +243,8 @@ class Worker:
             raise ValueError(f"generation {order['generation']} was not prepared")
         self.prepared, self.in_force = None, prepared
         endpoints = prepared.snapshot.meta["endpoints"]
-        wanted = {endpoint["key"]: index for index, endpoint in enumerate(endpoints)}
+        relayed = [listener["on_exit"] is None for listener in prepared.snapshot.meta["listeners"]]
+        wanted = {endpoint["key"]: index for index, endpoint in enumerate(endpoints) if relayed[endpoint["listener"]]}
         for place in [place for place in self.gates if place[0] not in wanted]:
             self.gates.pop(place).close()
         for (key, _shard), gate in self.gates.items():

@@ -83,7 +83,7 @@ def _meta(config: Config, table: Table) -> dict[str, Any]:
         "endpoints": [
             {"listener": index, "key": endpoint.key, "address": endpoint.address, "row": next(rows)}
             | _endpoint(endpoint)
-            | {"backend": _backend(listener.backend.for_port(endpoint.port))}
+            | {"backend": _backend(listener.backend_of(endpoint))}
             for index, listener in enumerate(policy.listeners)
             for endpoint in listener.endpoints
         ],
@@ -98,6 +98,7 @@ def _meta(config: Config, table: Table) -> dict[str, Any]:
             "control": settings.control,
             "audit": settings.audit,
             "state": settings.state,
+            "kernel": settings.kernel,
         },
         "files": list(config.files),
     }  # fmt: skip
@@ -113,6 +114,7 @@ def _listener(listener: Listener, over_detail: int) -> dict[str, Any]:
         "max_responses": listener.max_responses,
         "max_sessions": listener.max_sessions,
         "over_detail": over_detail,
+        "on_exit": listener.on_exit,
     }
 
 

@@ -192,6 +192,7 @@ def _check_listener(listener: dict[str, Any]) -> None:
     _require(isinstance(listener["name"], str) and listener["protocol"] in ("tcp", "udp"), "a listener")
     for key in ("connect_timeout_s", "idle_timeout_s", "half_close_timeout_s"):
         _require(type(listener[key]) in (int, float) and listener[key] >= 0, key)
+    _require(listener["on_exit"] in (None, "closed", "open"), "on_exit")
     for key in ("max_responses", "max_sessions"):
         _require(listener[key] is None or _is_count(listener[key], 1 << 63), key)
 
@@ -207,6 +208,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     if settings["metrics"] is not None:
         _check_address(settings["metrics"])
     _require(isinstance(settings["audit"], str), "audit")
+    _require(settings["kernel"] in ("auto", "off", "require"), "kernel")
     for key in ("control", "state"):
         _require(settings[key] is None or isinstance(settings[key], str), key)
 

@@ -78,8 +78,9 @@ def accept(snapshot_fd: int, generation: int, before: Bindings) -> Accepted:
 
 
 def endpoints(meta: dict[str, Any]) -> list[Endpoint]:
-    """Return the endpoints of a snapshot, in file order."""
-    return [endpoint(item, item["protocol"]) for item in meta["endpoints"]]
+    """Return the endpoints of a snapshot that we listen at, in file order: all but those that are guarded."""
+    relayed = [listener["on_exit"] is None for listener in meta["listeners"]]
+    return [endpoint(item, item["protocol"]) for item in meta["endpoints"] if relayed[item["listener"]]]
 
 
 def endpoint(item: dict[str, Any], protocol: str = "tcp") -> Endpoint:

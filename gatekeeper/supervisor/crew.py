@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gatekeeper.kernel.privileges import Identity
     from gatekeeper.supervisor.accepted import Accepted
     from gatekeeper.supervisor.change import Change
+    from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.loop import Loop
 
@@ -79,15 +80,15 @@ class Crew:
         self._last_tick = time.monotonic()
         self._observer_reads = self._last_tick
 
-    def start(self, policy: Accepted, audit: str, http: socket.socket | None) -> None:
-        """Start everybody with this policy.
+    def start(self, policy: Accepted, audit: str, http: socket.socket | None, kernel: Enforcer | None) -> None:
+        """Start everybody with this policy; ``kernel`` is what the observer reads like one more worker.
 
         Raises:
             PlaceError: the audit log cannot be written.
             OSError: a process could not be executed.
         """
         self.policy = policy
-        self.observer = Observer(self._loop, self._commands.observer, self._identity, audit, http)
+        self.observer = Observer(self._loop, self._commands.observer, self._identity, audit, http, kernel)
         self._start_observer()
         for worker in self.workers:
             worker.start(len(self.workers), policy.bindings, self._heard)

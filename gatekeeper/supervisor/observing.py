@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from gatekeeper.kernel.privileges import Identity
     from gatekeeper.supervisor.accepted import Accepted
+    from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.loop import Loop
     from gatekeeper.supervisor.worker import Worker
 
@@ -26,7 +27,13 @@ class Observer:
     """Keeps an observer process running and up to date. Owns the audit descriptor and the HTTP socket."""
 
     def __init__(
-        self, loop: Loop, command: Sequence[str], identity: Identity | None, audit: str, http: socket.socket | None
+        self,
+        loop: Loop,
+        command: Sequence[str],
+        identity: Identity | None,
+        audit: str,
+        http: socket.socket | None,
+        kernel: Enforcer | None,
     ) -> None:
         """Open the audit log.
 
@@ -40,6 +47,7 @@ class Observer:
         self._audit = audit
         self._audit_fd = places.open_audit(audit)
         self._http = http
+        self._kernel = kernel
         self._unheard: list[dict[str, Any]] = []
         self._backoff = Backoff()
 
@@ -53,16 +61,19 @@ class Observer:
         fds = [] if self._audit_fd is None else [self._audit_fd]
         if self._http is not None:
             fds.append(self._http.fileno())
-        identity = self._identity
+        identity, kernel = self._identity, self._kernel
         self.child.send(
             {
                 "op": "start", "workers": len(workers), "supervisor_pid": os.getpid(),
                 "uid": identity and identity.uid, "gid": identity and identity.gid,
                 "groups": identity and list(identity.groups),
                 "audit": places.audit_kind(self._audit), "metrics": self._http is not None,
+                "kernel": kernel is not None,
             },
-            fds + [worker.observer_fd for worker in workers],
+            fds + ([] if kernel is None else [kernel.events_out.fileno()]) + [worker.observer_fd for worker in workers],
         )  # fmt: skip
+        if kernel is not None:
+            self._tell({"op": "kernel"}, [kernel.counters_fd])
         for worker in workers:
             self.counters(worker)
         if policy is not None:

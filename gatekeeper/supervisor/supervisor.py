@@ -16,7 +16,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gatekeeper.errors import GatekeeperError, ListenError, SnapshotError
+from gatekeeper.errors import GatekeeperError, KernelError, ListenError, SnapshotError
 from gatekeeper.kernel import inherit, privileges, steering
 from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
@@ -25,19 +25,21 @@ from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
 from gatekeeper.supervisor.change import Change
 from gatekeeper.supervisor.compiling import Compilation, Compiled
 from gatekeeper.supervisor.crew import Commands, Crew
+from gatekeeper.supervisor.enforcing import Enforcer, how_guarded, leftover
 from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.standing import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gatekeeper.kernel.judge import Judge
     from gatekeeper.supervisor.listening import Opened
     from gatekeeper.supervisor.log import Log
 
 FINE, REFUSED, CANNOT = 0, 1, 3  # exit codes
 MOST_WORKERS = 128  # their descriptors travel in one message
 STUCK_AFTER_S = 10.0
-NEEDS_RESTART = ("workers", "metrics", "audit", "control", "state")
+NEEDS_RESTART = ("workers", "metrics", "audit", "control", "state", "kernel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Supervisor:
         self._cutting = False  # the stop waits for no session any more
         self._policy: Accepted | None = None  # whose sockets are open
         self._compilation: Compilation | None = None
+        self._enforcer: Enforcer | None = None
         self._lock: int | None = None
         self._standing = Standing()
         self._reload_wanted = False
@@ -122,17 +125,43 @@ class Supervisor:
             # Whoever opened them goes on taking connections there, and nobody would serve them.
             names = ", ".join(unused.describe() for unused in self._inherited)
             raise ListenError(f"no listener in {self._options.path} wants the inherited {names}")
+        self._enforcer = self._enforce(settings["kernel"], policy)
         identity = privileges.who_to_become()
         crew = Crew(
             self._loop, self._log, self._options.commands, identity, size, self._options.stuck_after_s,
-            lambda: self._standing.state(self._crew),
+            lambda: self._standing.state(self._crew) | {"kernel": self._enforcer is not None},
         )  # fmt: skip
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
         self._bindings = policy.bindings
-        crew.start(policy, settings["audit"], http)
+        crew.start(policy, settings["audit"], http, self._enforcer)
         if identity is not None and identity.name != privileges.ACCOUNTS[0]:
             self._log.info(f"workers run as {identity.name}; an account called {privileges.ACCOUNTS[0]} would be better")
+
+    def _enforce(self, mode: str, policy: Accepted) -> Enforcer | None:
+        """Let the kernel refuse, if that is wanted; ``None``: workers do it.
+
+        Raises:
+            KernelError: it is required and cannot be had.
+        """
+        if mode == "off":
+            self._warn_of_leftover()
+            privileges.give_up(privileges.CAP_BPF)
+            return None
+        try:
+            return Enforcer.begin(self._loop, policy, alone=mode == "require", warn=self._log.warning)
+        except KernelError as err:
+            if mode == "require":
+                raise
+            self._log.warning(f"{err}; workers refuse instead")
+            self._warn_of_leftover()
+            privileges.give_up(privileges.CAP_BPF)
+            return None
+
+    def _warn_of_leftover(self) -> None:
+        path = leftover()
+        if path is not None:
+            self._log.warning(f"the policy of an earlier run is still in force in the kernel; to end it, remove {path}")
 
     def _all_serve(self) -> None:
         self._standing.serving = True
@@ -208,16 +237,37 @@ class Supervisor:
         except (SnapshotError, SlotsExhausted, OSError) as err:
             self._reloaded_or_not(f"the compiled policy cannot be used: {err}")
             return
+        judge = None
         try:
+            judge = self._judge(new)
             fresh = opener.open_all(endpoints(new.meta), crew.policy.opened)
-        except ListenError as err:
+        except (KernelError, ListenError) as err:
+            if judge is not None and self._enforcer is not None:
+                self._enforcer.discard(judge)
             new.close()
             self._reloaded_or_not(str(err))
             return
-        self._change_over(crew, opener, new, fresh)
+        self._change_over(crew, opener, new, fresh, judge)
 
-    def _change_over(self, crew: Crew, opener: listening.Opener, new: Accepted, fresh: dict[str, Opened]) -> None:
-        """Put a policy in force whose new endpoints are ``fresh``; when that fails they are closed again."""
+    def _judge(self, new: Accepted) -> Judge | None:
+        """Return the next policy as the kernel will enforce it, ``None`` when it does not.
+
+        Raises:
+            KernelError: the kernel must, and cannot.
+        """
+        if self._enforcer is not None:
+            return self._enforcer.load(new)
+        if how_guarded(new):
+            raise KernelError("a listener is guarded now, and the kernel does not refuse for us yet: that takes a restart")
+        return None
+
+    def _change_over(
+        self, crew: Crew, opener: listening.Opener, new: Accepted, fresh: dict[str, Opened], judge: Judge | None
+    ) -> None:
+        """Put a policy in force whose new endpoints are ``fresh``; when that fails they are closed again.
+
+        ``judge`` is the same policy in the kernel, which follows when all workers have it.
+        """
         assert crew.policy is not None
         old = crew.policy
         wanted = {item.key for item in endpoints(new.meta)}
@@ -239,6 +289,11 @@ class Supervisor:
             self._closing = []
             if failure is None:
                 crew.bring_up_to_date()
+            try:
+                if judge is not None and self._enforcer is not None:
+                    self._enforcer.swap(judge, new) if failure is None else self._enforcer.discard(judge)
+            except KernelError as err:
+                failure = f"workers have the new policy, the kernel still has the one before: {err}"
             self._reloaded_or_not(failure)
 
         crew.change = Change(self._loop, new, crew.those_serving(), committing, done)
@@ -290,6 +345,8 @@ class Supervisor:
         crew.drain(deadline_s)
         # Workers serve what waits in their queues already. Ours must go, or newcomers would wait for nobody.
         self._close_listeners()
+        if self._enforcer is not None and not self._enforcer.guards():
+            self._enforcer.detach()
 
     def _stop_now(self) -> None:
         if self._crew is None or not self._standing.serving:
@@ -321,6 +378,8 @@ class Supervisor:
         if self._crew is not None:
             self._crew.close()
         self._close_listeners()
+        if self._enforcer is not None:
+            self._enforcer.close()
         if self._lock is not None:
             os.close(self._lock)
         self._notifier.close()

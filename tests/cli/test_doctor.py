@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,19 @@ def test_every_finding_says_why_and_how_to_mend_it() -> None:
 def test_this_machine_can_do_what_the_tests_need() -> None:
     """Where the tests run, kernel, seals and steering are fine: the other tests stand on them."""
     assert {probe().state for probe in (probes.kernel, probes.seals, probes.steer, probes.splicing)} == {State.OK}
+
+
+@pytest.mark.needs_root
+def test_the_kernels_part_is_tried_out() -> None:
+    """As root a program can be loaded; without a right to load any it says which capabilities are missing."""
+    assert probes.refusing().state is State.OK
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-bpf,-sys_admin", sys.executable, "-m", "gatekeeper", "doctor", "--json"],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    (finding,) = [one for one in json.loads(done.stdout)["findings"] if one["check"] == "sk_lookup"]
+    assert finding["state"] == "warn"
+    assert "CAP_BPF" in finding["fix"]
 
 
 def test_for_people_each_finding_is_a_line() -> None:

@@ -16,7 +16,7 @@ from tests.cli.program import gatekeeper
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/metrics.md", "docs/audit.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/metrics.md", "docs/audit.md", "docs/kernel.md")
 SESSION_S = 45
 MARK = "---- next command ----"  # printed between the commands of a session
 

@@ -36,14 +36,18 @@ def table(text: str, heading: str) -> dict[str, list[str]]:
 
 
 def service() -> Service:
-    """Return a service that knows one listener and one verdict."""
+    """Return a service that knows one listener and two verdicts, and whose kernel refuses."""
     bindings = Bindings(
         listeners={"web": WORKER_SLOTS},
-        verdicts={VerdictKey("web", "allow", "all", "rule"): WORKER_SLOTS + LISTENER_SLOTS},
+        verdicts={
+            VerdictKey("web", "allow", "all", "rule"): WORKER_SLOTS + LISTENER_SLOTS,
+            VerdictKey("web", "deny", "", "default"): WORKER_SLOTS + LISTENER_SLOTS + 1,
+        },
         endpoints={EndpointKey("web", "tcp", "127.0.0.1:80", "127.0.0.1:8080"): 0},
-        next_slot=WORKER_SLOTS + LISTENER_SLOTS + 1,
+        next_slot=WORKER_SLOTS + LISTENER_SLOTS + 2,
     )
-    return Service(1, bindings, PolicyView(1, META), {"last_reload_successful": True})
+    kernel = memoryview(bytes(8 * bindings.next_slot)).cast("Q")
+    return Service(1, bindings, PolicyView(1, META), {"last_reload_successful": True}, kernel=kernel)
 
 
 def test_every_metric_is_documented_with_its_labels() -> None:

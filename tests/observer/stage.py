@@ -45,7 +45,7 @@ def make_meta(
         "listeners": [
             {
                 "name": name, "protocol": "tcp", "connect_timeout_s": 5.0, "idle_timeout_s": 60.0,
-                "half_close_timeout_s": 30.0, "max_responses": None, "max_sessions": None, "over_detail": 0,
+                "half_close_timeout_s": 30.0, "max_responses": None, "max_sessions": None, "over_detail": 0, "on_exit": None,
             }
             for name in listeners
         ],
@@ -58,7 +58,7 @@ def make_meta(
             for index in range(len(listeners))
         ],
         "details": details,
-        "settings": {"workers": None, "metrics": None, "control": None, "audit": "stdout", "state": None},
+        "settings": {"workers": None, "metrics": None, "control": None, "audit": "stdout", "state": None, "kernel": "off"},
         "files": ["rules.yaml"],
     }  # fmt: skip
 

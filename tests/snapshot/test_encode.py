@@ -86,7 +86,7 @@ def test_the_meta_section_is_what_its_page_says() -> None:
     assert meta["details"][ssh.pop("over_detail")] == [0, None, "deny", "max_sessions"]
     assert ssh == {
         "name": "ssh", "protocol": "tcp", "connect_timeout_s": 5.0, "idle_timeout_s": 86400.0,
-        "half_close_timeout_s": 30.0, "max_responses": None, "max_sessions": 100,
+        "half_close_timeout_s": 30.0, "max_responses": None, "max_sessions": 100, "on_exit": None,
     }  # fmt: skip
     assert meta["endpoints"][1] == {
         "listener": 0, "key": "tcp:[::]:2222", "protocol": "tcp", "family": 6, "host": "::", "port": 2222,
@@ -99,7 +99,7 @@ def test_the_meta_section_is_what_its_page_says() -> None:
     }  # fmt: skip
     assert meta["settings"] == {
         "workers": 2, "metrics": {"family": 4, "host": "127.0.0.1", "port": 9180}, "control": "/run/control.sock",
-        "audit": "/var/log/audit.json", "state": "/var/lib/gatekeeper",
+        "audit": "/var/log/audit.json", "state": "/var/lib/gatekeeper", "kernel": "off",
     }  # fmt: skip
     assert Snapshot(b"".join(encode(example(metrics=False)))).meta["settings"]["metrics"] is None
 

@@ -95,3 +95,15 @@ def test_names_in_the_units_are_documented() -> None:
     """The README's systemd section names every file of the folder."""
     readme = (FOLDER.parent / "README.md").read_text()
     assert not [path.name for path in FOLDER.iterdir() if path.name not in readme]
+
+
+def test_the_kernels_part_takes_two_more_capabilities() -> None:
+    """The drop-in adds what loading the program takes, and nothing else; only the supervisor's unit has it."""
+    more, unit = settings("gatekeeper.service.d/kernel.conf"), settings("gatekeeper.service")
+    wanted = {*unit["AmbientCapabilities"][0].split(), "CAP_BPF", "CAP_NET_ADMIN"}
+    assert set(more) == {"AmbientCapabilities", "CapabilityBoundingSet", "SystemCallFilter"}
+    assert set(more["AmbientCapabilities"][0].split()) == set(more["CapabilityBoundingSet"][0].split()) == wanted
+    assert more["SystemCallFilter"] == ["bpf"]
+    assert "PrivateUsers" not in unit, "capabilities of a user namespace load no programs"
+    places = settings("gatekeeper.service.d/guard-closed.conf")
+    assert places["ReadWritePaths"] == ["/sys/fs/bpf"]
