@@ -40,11 +40,11 @@ def compilers(pid: int) -> list[int]:
     return [child for child in children(pid) if is_running(child) and "supervisor.compile" in command_line(child)]
 
 
-def with_big_list(text: str, folder: Path) -> str:
+def with_big_list(text: str, folder: Path, entries: int = BIG_LIST) -> str:
     """Return a rule file that takes the compiler a while."""
-    path = folder / "big.txt"
+    path = folder / f"{entries}.txt"
     if not path.exists():
-        path.write_text("".join(f"{10 + (n >> 16)}.{n >> 8 & 255}.{n & 255}.{n * 37 & 254}\n" for n in range(BIG_LIST)))
+        path.write_text("".join(f"{10 + (n >> 16)}.{n >> 8 & 255}.{n & 255}.{n * 37 & 254}\n" for n in range(entries)))
         path.chmod(0o644)
     return f"{text}sets: {{many: {{file: {path}}}}}\nrules: [{{name: many, action: deny, from: many}}]\n"
 
@@ -205,12 +205,13 @@ class TestCompilers:
         """A policy that is too big is refused with the limit, and a smaller one is taken."""
         port = free_port()
         text = open_policy(port, backend.address)
-        compiler = [sys.executable, "-P", "-m", "gatekeeper.supervisor.compile", "--memory", str(64 << 20)]
+        # An ordinary file takes about 50 MiB, most of it libraries; two million addresses take more than 100.
+        compiler = [sys.executable, "-P", "-m", "gatekeeper.supervisor.compile", "--memory", str(80 << 20)]
         service = Service(folder, text, workers=1, compiler=compiler)
         try:
             service.ready()
-            service.reload(with_big_list(text, folder))
-            service.says(r"takes more than 64 MiB of memory|was killed|without a report")
+            service.reload(with_big_list(text, folder, 5 * BIG_LIST))
+            service.says(r"takes more than 80 MiB of memory|was killed|without a report")
             service.says("reload failed")
             service.reload(text)
             service.says("reloaded: serving door")
