@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gatekeeper.proxy.events import CONNECTION, MAX_RECORDS, RECORD, REFUSAL, SUPPRESSED
+from gatekeeper.proxy.events import CAUSE_SHIFT, CONNECTION, END_MASK, MAX_RECORDS, RECORD, REFUSAL, SUPPRESSED
 from gatekeeper.snapshot.bindings import Bindings, EndpointKey, VerdictKey
-from gatekeeper.snapshot.counters import End
+from gatekeeper.snapshot.counters import Cause, End
 
 MAX_MESSAGE_BYTES = RECORD.size * MAX_RECORDS
 LATEST_S = 253402300800.0  # the year 10000, which RFC 3339 cannot write
@@ -32,6 +32,7 @@ CACHED_SHAPES = 1 << 16  # (kind, end, family, slot, endpoint)
 
 EVENT_TYPES = {CONNECTION: "connection", REFUSAL: "refusal", SUPPRESSED: "refusals_suppressed"}
 ENDS = {int(end): end.label for end in End}
+CAUSES = {0: ""} | {cause + 1: f',"cause":"{cause.label}"' for cause in Cause}
 IPV4, IPV6 = int(socket.AF_INET), int(socket.AF_INET6)
 
 Shape = tuple[str, str, str, str]
@@ -99,7 +100,10 @@ class Renderer:
         if slot not in self._verdicts or number not in self._endpoints:
             self.catch_up()
         verdict, endpoint = self._verdicts.get(slot), self._endpoints.get(number)
-        known = kind in EVENT_TYPES and end in ENDS and family in (0, 4, 6)
+        base, cause = end & END_MASK, CAUSES.get(end >> CAUSE_SHIFT)
+        if cause is None or (cause and base != End.BACKEND_FAILED):
+            return None
+        known = kind in EVENT_TYPES and base in ENDS and family in (0, 4, 6)
         if verdict is None or endpoint is None or verdict.listener != endpoint.listener or not known:
             return None
         words = _labels(verdict)
@@ -108,7 +112,7 @@ class Renderer:
         if kind == SUPPRESSED:
             shape = _suppressed(words, endpoint, self._enforced_by)
         else:
-            shape = _ended(kind, end, words, endpoint, self._enforced_by)
+            shape = _ended(kind, f'"{ENDS[base]}"{cause}', words, endpoint, self._enforced_by)
         if len(self._shapes) >= CACHED_SHAPES:
             self._shapes.clear()
         self._shapes[kind, end, family, slot, number] = shape
@@ -135,12 +139,12 @@ def service_event(event: dict[str, Any], now_s: float) -> str:
     }) + "\n"  # fmt: skip
 
 
-def _ended(kind: int, end: int, words: str, endpoint: EndpointKey, enforced_by: str) -> Shape:
+def _ended(kind: int, end: str, words: str, endpoint: EndpointKey, enforced_by: str) -> Shape:
     return (
         f'Z","event_type":"{EVENT_TYPES[kind]}","flow_id":',
         f',"proto":"{endpoint.protocol.upper()}","gatekeeper":{{{words},"peer_ip":',
         f',"backend":{_json(endpoint.backend)}',
-        f',"end":"{ENDS[end]}","enforced_by":{enforced_by}}}}}\n',
+        f',"end":{end},"enforced_by":{enforced_by}}}}}\n',
     )
 
 

@@ -6,6 +6,7 @@ import errno
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Protocol
 
+from gatekeeper.proxy.events import CAUSE_SHIFT
 from gatekeeper.snapshot.counters import DIAL_BOUNDS_S, DURATION_BOUNDS_S, Cause, ListenerSlot
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ CAUSES = {
     errno.EAGAIN: Cause.RESOURCES,  # the queue of a unix backend is full
     errno.ELOOP: Cause.LOOP,
     errno.ENOENT: Cause.MISSING,
-    errno.EACCES: Cause.MISSING,
+    errno.EACCES: Cause.DENIED,
+    errno.EPERM: Cause.DENIED,
     errno.ENOTSOCK: Cause.MISSING,
 }
 
@@ -77,14 +79,17 @@ def count_dial(shared: Shared, terms: Terms, took_s: float) -> None:
     counters[block + DIAL_BUCKETS + bisect_left(DIAL_BOUNDS_S, took_s)] += 1
 
 
-def count_failure(shared: Shared, terms: Terms, error: int | None) -> None:
-    """Count a backend that could not be reached, by errno."""
+def count_failure(shared: Shared, terms: Terms, error: int | None) -> Cause:
+    """Count a backend that could not be reached, by errno; return the cause it was counted under."""
     cause = CAUSES.get(error or 0, Cause.OTHER)
     shared.counters[terms.block + ListenerSlot.BACKEND_FAILURES + cause] += 1
+    return cause
 
 
-def count_end(shared: Shared, session: Ended, moved_in: int, moved_out: int, end: End) -> None:
-    """Close a session's account and report it."""
+def count_end(
+    shared: Shared, session: Ended, moved_in: int, moved_out: int, end: End, cause: Cause | None = None
+) -> None:
+    """Close a session's account and report it; ``cause`` says why the backend could not be reached."""
     count_bytes(shared, session, moved_in, moved_out)
     counters, block = shared.counters, session.terms.block
     counters[block + SESSIONS_CLOSED] += 1
@@ -92,7 +97,8 @@ def count_end(shared: Shared, session: Ended, moved_in: int, moved_out: int, end
     lasted = shared.loop.now - session.began_s
     counters[block + DURATION_SUM_US] += int(lasted * 1e6)
     counters[block + DURATION_BUCKETS + bisect_left(DURATION_BOUNDS_S, lasted)] += 1
-    shared.report.connection(session, moved_in, moved_out, end)
+    told = end if cause is None else end | (cause + 1) << CAUSE_SHIFT
+    shared.report.connection(session, moved_in, moved_out, told)
 
 
 class SocketDrops:

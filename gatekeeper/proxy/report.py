@@ -46,8 +46,8 @@ class Reporter:
         self.next_flow_id = flow = self.next_flow_id + self.flow_step
         return flow
 
-    def connection(self, session: Ended, moved_in: int, moved_out: int, end: End) -> None:
-        """Report a session that ended."""
+    def connection(self, session: Ended, moved_in: int, moved_out: int, end: int) -> None:
+        """Report a session that ended; ``end`` as in `events.RECORD`."""
         family, address, port = session.source
         loop, began_s = self.loop, session.began_s
         self.sessions_in_batch += 1

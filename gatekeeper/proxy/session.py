@@ -22,7 +22,7 @@ from gatekeeper.proxy.delivery import Delivery
 from gatekeeper.proxy.dial import LOST, Dial, Retry
 from gatekeeper.proxy.loop import WRITE
 from gatekeeper.proxy.relay import CHUNK_BYTES, EDGE, UNWATCHED, Leg
-from gatekeeper.snapshot.counters import End
+from gatekeeper.snapshot.counters import Cause, End
 
 if TYPE_CHECKING:
     from gatekeeper.proxy.gate import Gate
@@ -164,8 +164,7 @@ class TcpSession:
 
     def dial_failed(self, error: int | None) -> None:
         """The backend cannot be reached: count why (errno), and reset the client."""
-        count_failure(self.gate.shared, self.terms, error)
-        self.finish(End.BACKEND_FAILED)
+        self.finish(End.BACKEND_FAILED, count_failure(self.gate.shared, self.terms, error))
 
     # -- relaying
 
@@ -221,7 +220,7 @@ class TcpSession:
             waiting += int.from_bytes(in_kernel, sys.byteorder) + leg.piped + len(leg.pending or b"")
         return waiting
 
-    def finish(self, end: End) -> None:
+    def finish(self, end: End, cause: Cause | None = None) -> None:
         """See `gate.Session.finish`. Whoever was not told the end of its stream gets a reset, unless both were FINISHED."""
         shared = self.gate.shared
         client, backend = self.client, self.backend
@@ -242,4 +241,4 @@ class TcpSession:
         for leg in legs:
             leg.other = leg.session = None  # type: ignore[assignment]  # no cycles may be left to the collector
         shared.open_fds -= 2
-        count_end(shared, self, moved_in, moved_out, end)
+        count_end(shared, self, moved_in, moved_out, end, cause)

@@ -20,7 +20,7 @@ from gatekeeper.errors import ChannelClosed, GatekeeperError
 from gatekeeper.kernel import privileges
 from gatekeeper.proxy.gate import Session, Shared
 from gatekeeper.proxy.loop import IDLE_TICK_S, READ, TICK_S, Loop, say
-from gatekeeper.proxy.pipes import PipePool
+from gatekeeper.proxy.pipes import MOST, PipePool
 from gatekeeper.proxy.report import Reporter
 from gatekeeper.proxy.tcp import TcpGate
 from gatekeeper.proxy.udp import UdpGate
@@ -35,7 +35,8 @@ HOUSEKEEPING_S = 1.0  # suppressed refusals, queue lengths, a new round of sweep
 COLLECTION_S = 60.0
 SWEPT_PER_TICK = 1000  # sessions looked at in one go, so that no turn takes long
 SENT_WITH_POLICY = 2  # descriptors: the snapshot and the bindings
-SPARE_FDS = 64  # at most this many descriptors, and at most an eighth, are kept for pipes and orders
+PIPES_SHARE = 8  # at most this part of all descriptors is kept for pipes
+ORDERS_FDS = 8  # what an order may bring beside listening sockets, which are counted when they are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,9 @@ class Worker:
             ours = len(os.listdir("/proc/self/fd")) - self.shared.open_fds
         except OSError:  # not even one is left to look with; the limit that led here is near enough
             return
-        self.shared.max_fds = limit - ours - min(SPARE_FDS, limit // 8)
+        pipes = self.shared.pipes
+        pipes.most = min(MOST, limit // PIPES_SHARE // 2)
+        self.shared.max_fds = limit - (ours - 2 * pipes.made) - 2 * pipes.most - ORDERS_FDS
 
     # -- orders
 
@@ -173,6 +176,8 @@ class Worker:
         """Give up all privileges, then take the counters and the channel to the observer."""
         groups = order["groups"]
         privileges.drop(order["uid"], order["gid"], groups, order["supervisor_pid"])
+        # Whoever takes this process over gets no second one that outlives it. (root alone is above the limit)
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         counters_fd, events_fd = fds
         self.index = order["worker"]
         counters = memoryview(mmap.mmap(counters_fd, CAPACITY_BYTES)).cast("B").cast("Q")

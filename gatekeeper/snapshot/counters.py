@@ -39,12 +39,12 @@ class ListenerSlot(enum.IntEnum):
     ACCEPT_OVERFLOWS = 5  # dropped by the kernel: queue full (TCP) or receive buffer full (UDP)
     ACCEPT_ERRORS = 6  # accepted, yet ended before it could be judged
     DATAGRAMS_LOST = 7  # UDP: accepted by policy, yet not forwarded
-    BACKEND_FAILURES = 8  # one slot per Cause (8)
     ENDS = 16  # one slot per End (16)
     DURATION_SUM_US = 32
     DURATION_BUCKETS = 33  # len(DURATION_BOUNDS_S) + 1 slots, not cumulative
     DIAL_SUM_US = 64
     DIAL_BUCKETS = 65  # len(DIAL_BOUNDS_S) + 1 slots, not cumulative
+    BACKEND_FAILURES = 82  # one slot per Cause (14)
 
 
 DURATION_BOUNDS_S = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 21600.0, 86400.0)
@@ -60,8 +60,9 @@ class Cause(enum.IntEnum):
     RESET = 3
     RESOURCES = 4  # we ran out of descriptors, memory or ephemeral ports
     LOOP = 5  # the dial connected to itself
-    MISSING = 6  # the unix socket does not exist, or may not be opened
-    OTHER = 7
+    MISSING = 6  # the unix socket does not exist
+    DENIED = 7  # we may not: the mode of the unix socket, or a packet filter
+    OTHER = 8
 
     @property
     def label(self) -> str:

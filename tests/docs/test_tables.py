@@ -12,7 +12,7 @@ from gatekeeper.observer.audit import Renderer
 from gatekeeper.observer.collector import ServiceCollector
 from gatekeeper.observer.state import PolicyView, Service
 from gatekeeper.policy.model import Reason
-from gatekeeper.proxy.events import CONNECTION, RECORD
+from gatekeeper.proxy.events import CAUSE_SHIFT, CONNECTION, RECORD
 from gatekeeper.snapshot.bindings import Bindings, EndpointKey, VerdictKey
 from gatekeeper.snapshot.counters import LISTENER_SLOTS, WORKER_SLOTS, Cause, End
 
@@ -85,16 +85,16 @@ def test_audit_fields_are_documented() -> None:
     renderer.rename(service().bindings)
     slot = WORKER_SLOTS + LISTENER_SLOTS
     found: set[str] = set()
-    for family in (4, 0):
+    for family, end in ((4, End.FINISHED), (0, End.FINISHED), (4, End.BACKEND_FAILED | (Cause.DENIED + 1) << CAUSE_SHIFT)):
         record = RECORD.pack(
-            CONNECTION, End.FINISHED, family, slot, 0, 5, 80, 9, 1e9, 1.0, 1, 2, bytes(16), struct.pack("16s", b"")
+            CONNECTION, end, family, slot, 0, 5, 80, 9, 1e9, 1.0, 1, 2, bytes(16), struct.pack("16s", b"")
         )
         (line,) = renderer.render(memoryview(record))
         found |= keys(json.loads(line))
     assert documented == found
     example = re.search(r"```json\n(.*)\n```", text)
     assert example
-    assert keys(json.loads(example[1])) == found - {"gatekeeper.endpoint"}
+    assert keys(json.loads(example[1])) == found - {"gatekeeper.endpoint", "gatekeeper.cause"}
 
 
 def test_ends_and_reasons_are_documented() -> None:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gatekeeper.observer.audit import MAX_MESSAGE_BYTES, Renderer, service_event
-from gatekeeper.proxy.events import CONNECTION, RECORD, REFUSAL, SUPPRESSED
+from gatekeeper.proxy.events import CAUSE_SHIFT, CONNECTION, RECORD, REFUSAL, SUPPRESSED
 from gatekeeper.snapshot.bindings import Bindings, EndpointKey, VerdictKey
-from gatekeeper.snapshot.counters import End
+from gatekeeper.snapshot.counters import Cause, End
 from tests.observer.stage import Stage, make_meta, on_stage
 from tests.support.wait import until
 
@@ -222,6 +222,17 @@ def test_microseconds_have_six_digits() -> None:
     assert '"2025-06-15T15:06:40.999999Z"' in service_event({"event_type": "start"}, 1750000000.9999998)
     (line,) = renderer().render(memoryview(record(start=1750000000.0000625, duration=0.0)))
     assert '"2025-06-15T15:06:40.000062Z"' in line
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_a_backend_that_failed_is_logged_with_the_cause(cause: Cause) -> None:
+    """Whoever is woken by a failed backend reads why in the line itself; what is no cause is malformed."""
+    made = renderer("127.0.0.1:80", "127.0.0.1:81")
+    (line,) = made.render(memoryview(record(end=End.BACKEND_FAILED | (cause + 1) << CAUSE_SHIFT)))
+    words = json.loads(line)["gatekeeper"]
+    assert (words["end"], words["cause"]) == ("backend_failed", cause.label)
+    assert made.render(memoryview(record(end=End.BACKEND_FAILED | 15 << CAUSE_SHIFT))) == []
+    assert made.malformed == 1
 
 
 def test_a_record_has_the_size_its_readers_expect() -> None:

@@ -28,7 +28,7 @@ from gatekeeper.policy.model import (
     Sources,
 )
 from gatekeeper.policy.ranges import AddressSet
-from gatekeeper.proxy.events import RECORD
+from gatekeeper.proxy.events import END_MASK, RECORD
 from gatekeeper.snapshot import encode
 from gatekeeper.snapshot.bindings import Bindings, VerdictKey
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, End, ListenerSlot, WorkerSlot
@@ -104,6 +104,7 @@ class Rig:
         sockets: dict[str, socket.socket],
         default: Action = Action.DENY,
         nofile: int | None = None,
+        uid: int | None = None,
     ) -> None:
         self.counters_fd = memfd.create("counters", CAPACITY_BYTES)
         self.counters = memoryview(mmap.mmap(self.counters_fd, CAPACITY_BYTES)).cast("B").cast("Q")
@@ -120,7 +121,9 @@ class Rig:
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT)
         theirs.close()
         start: dict[str, Any] = {"op": "start", "worker": 0, "workers": 1, "supervisor_pid": os.getpid()}
-        self.channel.send(start | dict.fromkeys(("uid", "gid", "groups")), [self.counters_fd, worker_events.fileno()])
+        self.channel.send(
+            start | {"uid": uid, "gid": uid, "groups": uid and []}, [self.counters_fd, worker_events.fileno()]
+        )
         worker_events.close()
         self.expect("ready")
         self.channel.send({"op": "siblings"}, [self.counters_fd])
@@ -189,7 +192,7 @@ class Rig:
     def ended(self, wanted: int = 1) -> tuple[End, int, int]:
         """Return how the ``wanted``-th session ended, and its bytes in and out."""
         record = self.record(wanted)
-        return End(record.end), record.bytes_in, record.bytes_out
+        return End(record.end & END_MASK), record.bytes_in, record.bytes_out
 
     def close(self) -> None:
         """End the worker, whatever it does."""

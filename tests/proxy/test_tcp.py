@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from gatekeeper.policy.model import Action, Backend, Endpoint, Listener, Protocol
+from gatekeeper.proxy.events import CAUSE_SHIFT
 from gatekeeper.snapshot.counters import Cause, End, ListenerSlot, WorkerSlot
 from tests.proxy.rig import ANYONE, Rig, listener, rule, sources
 from tests.support.wait import until
@@ -118,6 +119,27 @@ def read_until_reset(sock: socket.socket) -> bytes:
             return b"".join(parts)
         assert data, f"the stream ended cleanly after {len(b''.join(parts))} bytes"
         parts.append(data)
+
+
+def test_a_unix_backend_that_may_not_be_written_to_is_counted_as_denied(tmp_path: Path) -> None:
+    """The most common mistake with unix backends has a name of its own, in the metrics and in the record."""
+    if os.geteuid() == 0:
+        uid = 65534  # the worker becomes nobody, as under a supervisor that is root
+        for folder in (tmp_path, *tmp_path.parents[:-2]):
+            folder.chmod(folder.stat().st_mode | 0o111)
+    else:
+        uid = None
+    with socket.socket(socket.AF_UNIX) as server:
+        path = str(tmp_path / "backend")
+        server.bind(path)
+        server.listen(1)
+        Path(path).chmod(0o400)
+        sock, endpoint = listen()
+        web = listener("web", Backend(0, path, 0), endpoint)
+        with Rig([web], [ALLOW_ALL], {endpoint.key: sock}, uid=uid) as rig:
+            turned_away((endpoint.host, endpoint.port))
+            assert rig.record().end == End.BACKEND_FAILED | (Cause.DENIED + 1) << CAUSE_SHIFT
+            assert rig.counter("web", ListenerSlot.BACKEND_FAILURES + Cause.DENIED) == 1
 
 
 @contextlib.contextmanager
