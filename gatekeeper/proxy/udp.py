@@ -118,7 +118,10 @@ class UdpGate(Gate):
                     return flow
                 sock.close()
         if failure in EXHAUSTED:
-            shared.starve(f"{self.key}: no file descriptor for another flow (raise LimitNOFILE= or ulimit -n); its datagrams are lost, live flows go on")
+            shared.starve(
+                f"{self.key}: no file descriptor for another flow (raise LimitNOFILE= or ulimit -n); "
+                "its datagrams are lost, live flows go on"
+            )
         self.lose()
         count_failure(shared, terms, failure)
         return None

@@ -90,6 +90,8 @@ class Worker:
             if now >= tick_due_s:
                 tick_due_s = now + TICK_S
                 self.tick(now)
+                # What is due by the clock holds up sessions as much as what is due by events.
+                self.loop.longest_turn_s = max(self.loop.longest_turn_s, time.monotonic() - now)
         self.report.flush()
 
     def patience(self) -> float:
