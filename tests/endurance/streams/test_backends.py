@@ -158,9 +158,12 @@ def test_a_backend_that_resets_on_accept_looks_so(run_gate: Callable[..., Gate],
     gate = run_gate(rules(door=f"{port}, {behind.address}"))
     pid = worker_of(gate)
     before = descriptors(pid)
-    clients = [stage.connect(("127.0.0.1", port), Plan(sends=speaks, then=Then.STAY), n) for n in range(CROWD)]
+    clients = []
+    for number in range(CROWD):
+        with contextlib.suppress(ConnectionResetError):  # the reset may come before `connect` returns
+            clients.append(stage.connect(("127.0.0.1", port), Plan(sends=speaks, then=Then.STAY), number))
     stage.wait(clients)
-    assert {peer.outcome for peer in clients} == {Outcome.RESET}
+    assert {peer.outcome for peer in clients} <= {Outcome.RESET}
     gate.wait_for_value(CROWD, "gatekeeper_session_ends_total", end="backend_reset")
     no_descriptor_is_left(gate, pid, before)
 
