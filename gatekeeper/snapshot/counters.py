@@ -83,6 +83,9 @@ class End(enum.IntEnum):
     REFUSED = 8  # never began: only in audit records of refusals
     ERROR = 9  # our own fault; the traceback is in the service log
     REMOVED = 10  # its listener was removed by a reload
+    REVOKED = 11  # a new policy refuses it
+    CUT = 12  # an operator ended it
+    BANNED = 13  # its source was banned
 
     @property
     def label(self) -> str:
