@@ -66,6 +66,7 @@ class Crew:
         self.gave_up: Callable[[str], None] = lambda _why: None
         self.gone: Callable[[], None] = lambda: None
         self.cut = 0  # sessions that workers had to end when they left
+        self.bans_fd: int | None = None  # the table in force; set by whoever owns it
         self.workers = [Worker(index, loop, commands.worker, identity) for index in range(size)]
         self.observer: Observer | None = None
         self._loop = loop
@@ -198,6 +199,7 @@ class Crew:
             if one.state not in {State.DOWN, State.STARTING}:
                 one.siblings(counters)
             if one.state is State.READY:
+                one.bans(self.bans_fd)
                 self._offer(one)
 
     def _share_shards(self) -> None:
