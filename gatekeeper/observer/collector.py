@@ -44,6 +44,11 @@ class ServiceCollector(Collector):
             "1 when the kernel refuses, before there is a connection; 0 when workers do.",
             value=float(bool(service.state.get("kernel"))),
         )
+        yield GaugeMetricFamily(
+            "gatekeeper_bans",
+            "Bans in force, made by operators; one may ban a whole network.",
+            value=float(service.state.get("bans") or 0),
+        )
         yield from _policy(service)
         yield from _processes(service, totals)
         yield from self._events(totals)
