@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper.supervisor import child as children
+from gatekeeper.supervisor.asking import Questions
 from gatekeeper.supervisor.log import printable
 from gatekeeper.supervisor.observing import Observer
 from gatekeeper.supervisor.worker import State, Worker
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gatekeeper.kernel.privileges import Identity
     from gatekeeper.supervisor.accepted import Accepted
+    from gatekeeper.supervisor.asking import Done, Rows
     from gatekeeper.supervisor.change import Change
     from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.log import Log
@@ -75,6 +77,7 @@ class Crew:
         self._identity = identity
         self._stuck_after_s = stuck_after_s
         self._state = state
+        self._questions = Questions(loop)
         self._served = False
         self._leaving = False
         self._ticks = 0
@@ -108,6 +111,23 @@ class Crew:
     def those_serving(self) -> list[Worker]:
         """Return the workers that enforce a policy now."""
         return [worker for worker in self.workers if worker.state is State.SERVING]
+
+    def ask(
+        self,
+        message: dict[str, Any],
+        fds: Sequence[int] = (),
+        *,
+        rows: Rows = lambda _worker, _rows: None,
+        done: Done,
+        patience_s: float = 10.0,
+    ) -> None:
+        """Ask all workers that enforce a policy, those that drain included; see `Questions.ask`.
+
+        Raises:
+            TooLong: the message is; nothing was sent.
+        """
+        asked = [worker for worker in self.workers if worker.child is not None and worker.generation]
+        self._questions.ask(asked, message, fds, rows, done, patience_s)
 
     def bring_up_to_date(self) -> None:
         """Give the policy in force to workers that serve an older one (they arrived while it was being changed)."""
@@ -144,6 +164,8 @@ class Crew:
         if op == "ready" and worker.state is State.STARTING:
             worker.became_ready()
             self._introduce(worker)
+        elif op in {"rows", "answer"}:
+            self._questions.heard(worker, message)
         elif op == "drained":
             left = message.get("sessions")
             self.cut += min(max(left, 0), MOST_SESSIONS) if isinstance(left, int) else 0
@@ -265,6 +287,7 @@ class Crew:
     def _worker_ended(self, worker: Worker, status: int) -> None:
         pid = worker.child.pid if worker.child is not None else 0
         delay_s = worker.ended()
+        self._questions.lost(worker)
         ended = children.how_it_ended(status)
         if self._leaving:
             if status != 0:
