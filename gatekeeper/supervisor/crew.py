@@ -126,7 +126,9 @@ class Crew:
         Raises:
             TooLong: the message is; nothing was sent.
         """
-        asked = [worker for worker in self.workers if worker.child is not None and worker.generation]
+        # One that is about to enforce its first policy has no sessions, but must not miss a ban.
+        coming = message.get("op") == "bans"
+        asked = [one for one in self.workers if one.child is not None and (one.generation or (coming and one.offered))]
         self._questions.ask(asked, message, fds, rows, done, patience_s)
 
     def bring_up_to_date(self) -> None:
