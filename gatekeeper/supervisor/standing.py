@@ -15,21 +15,35 @@ _LONGEST_ERROR = 4000  # it travels in messages, to the status page and the audi
 
 @dataclass(slots=True)
 class Standing:
-    """Where the service stands. Times are Unix times; ``reload_error`` is ``None`` after a reload that worked."""
+    """Where the service stands. Times are Unix times; ``reload_error`` is ``None`` after a reload that worked.
+
+    ``last_good``: the policy in force was read back from the state directory. ``unconfirmed`` is ``None``, or the policy
+    on trial: {"policy": digest, "before": digest, "until"}. ``save_failures``: times a policy could not be saved there.
+    """
 
     serving: bool = False
     stopping: bool = False
     started: float = field(default_factory=time.time)
     reloaded: float = field(default_factory=time.time)
     reload_error: str | None = None
+    last_good: bool = False
+    unconfirmed: dict[str, Any] | None = None
+    save_failures: int = 0
+    save_error: str | None = None
 
     def note_reload(self, failure: str | None, detail: str) -> None:
         """Remember how a reload ended."""
         if failure is None:
             self.reloaded = time.time()
             self.reload_error = None
+            self.last_good = False
         else:
             self.reload_error = f"{failure}: {detail}"[:_LONGEST_ERROR].rstrip(": ")
+
+    def note_saved(self, failure: str | None) -> None:
+        """Remember whether the policy in force could be saved."""
+        self.save_error = failure
+        self.save_failures += failure is not None
 
     def summary(self, crew: Crew | None) -> str:
         """Return one line for the log and the service manager."""
@@ -41,6 +55,10 @@ class Standing:
             names += f" and {len(listeners) - _MOST_NAMES} more"
         workers = "1 worker" if len(crew.workers) == 1 else f"{len(crew.workers)} workers"
         text = f"serving {names} with {workers}, policy {crew.policy.name}"
+        if self.last_good:
+            return f"{text}, the last good one: the rule file is of no use"
+        if self.unconfirmed is not None:
+            return f"{text}, not confirmed yet"
         return text if self.reload_error is None else f"{text}; the last reload failed"
 
     def state(self, crew: Crew | None) -> dict[str, Any]:
@@ -64,5 +82,9 @@ class Standing:
             "last_reload_successful": self.reload_error is None,
             "last_reload_timestamp": self.reloaded,
             "last_reload_error": self.reload_error,
+            "last_good": self.last_good,
+            "unconfirmed": self.unconfirmed,
+            "save_failures_total": self.save_failures,
+            "save_error": self.save_error,
             "started": self.started,
         }

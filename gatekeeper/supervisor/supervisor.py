@@ -23,12 +23,14 @@ from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
 from gatekeeper.supervisor import listening, places
 from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
 from gatekeeper.supervisor.commands import Operators
+from gatekeeper.supervisor.compiling import Compiler
 from gatekeeper.supervisor.control import Control
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.enforcing import Enforcer, leftover
 from gatekeeper.supervisor.installing import Installer
+from gatekeeper.supervisor.lastgood import Disk
 from gatekeeper.supervisor.loop import Loop
-from gatekeeper.supervisor.reloading import Compiler, Reloader
+from gatekeeper.supervisor.reloading import Ask, Reloader
 from gatekeeper.supervisor.standing import Standing
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Supervisor:
         self._notifier = Notifier(os.environ)
         self._inherited = inherit.take(os.environ)
         self._standing = Standing()
+        self._disk = Disk(self._loop)
         self._compiler = Compiler(self._loop, log, options.commands.compiler, options.path)
         self._policy: Accepted | None = None  # the first; later ones are the installer's
         self._lock: int | None = None
@@ -124,9 +127,12 @@ class Supervisor:
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
         self._installer = Installer(self._loop, policy, opener, crew, self._enforcer)
-        self._reloader = Reloader(self._log, self._compiler, self._installer, crew, self._standing, self._notifier)
+        self._reloader = Reloader(
+            self._loop, self._log, self._compiler, self._installer, crew, self._standing, self._notifier, self._disk,
+            settings["state"],
+        )  # fmt: skip
         if self._hung_up:
-            self._reloader.request()
+            self._reloader.request(Ask("signal"))
         Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
         self._control.begin(self._options.control, settings)
         crew.start(policy, settings["audit"], http, self._enforcer)
@@ -166,6 +172,7 @@ class Supervisor:
             self._crew.event("start", pid=os.getpid(), policy=self._digest())
             self._crew.tell_state()
         if self._reloader is not None:
+            self._reloader.save()
             self._reloader.go_on()
 
     def _cannot_start(self, why: str) -> None:
@@ -182,7 +189,7 @@ class Supervisor:
         elif number == signal.SIGHUP:
             self._hung_up = True
             if self._reloader is not None:
-                self._reloader.request()
+                self._reloader.request(Ask("signal"))
         elif self._standing.stopping or not self._standing.serving:
             self._stop_now()
         else:
@@ -236,6 +243,7 @@ class Supervisor:
     def _close(self) -> None:
         """Leave nothing behind, however far we came."""
         self._compiler.cancel()
+        self._disk.close()
         self._control.close()
         if self._crew is not None:
             self._crew.close()
