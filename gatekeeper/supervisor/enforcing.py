@@ -24,7 +24,7 @@ from gatekeeper.snapshot.counters import CAPACITY_BYTES, End, WorkerSlot
 from gatekeeper.snapshot.reader import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from gatekeeper.supervisor.accepted import Accepted
     from gatekeeper.supervisor.loop import Loop
@@ -171,6 +171,14 @@ class Enforcer:
         """Let go of a program that will not be put in force."""
         judge.close()
         self._settle()
+
+    def ban(self, ranges: Iterable[tuple[int, int, int]]) -> None:  # noqa: ARG002 - it refuses all of them
+        """Refuse these (family, first, last) above all policies, and nobody else any more.
+
+        Raises:
+            KernelError: that is not possible; whom it refused before is still refused.
+        """
+        raise KernelError("the kernel cannot refuse the banned here")
 
     def guards(self) -> bool:
         """Whether somebody else's listeners are under our policy."""

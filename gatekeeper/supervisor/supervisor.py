@@ -22,6 +22,7 @@ from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
 from gatekeeper.supervisor import listening, places
 from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
+from gatekeeper.supervisor.bans import Bans
 from gatekeeper.supervisor.commands import Operators
 from gatekeeper.supervisor.compiling import Compiler
 from gatekeeper.supervisor.control import Control
@@ -71,6 +72,7 @@ class Supervisor:
         self._control = Control(self._loop, log)
         self._enforcer: Enforcer | None = None
         self._crew: Crew | None = None
+        self._bans: Bans | None = None
         self._installer: Installer | None = None
         self._reloader: Reloader | None = None
         self._hung_up = False  # a reload was asked for before there was anything to reload
@@ -122,7 +124,7 @@ class Supervisor:
         identity = privileges.who_to_become()
         crew = Crew(
             self._loop, self._log, self._options.commands, identity, size, self._options.stuck_after_s,
-            lambda: self._standing.state(self._crew) | {"kernel": self._enforcer is not None},
+            lambda: self._standing.state(self._crew) | {"kernel": self._enforcer is not None, "bans": len(self._bans or ())},
         )  # fmt: skip
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
@@ -133,6 +135,9 @@ class Supervisor:
         )  # fmt: skip
         if self._hung_up:
             self._reloader.request(Ask("signal"))
+        self._bans = Bans(self._loop, self._log, crew, self._enforcer, settings["state"])
+        self._bans.begin()
+        self._control.handlers |= self._bans.handlers
         Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
         self._control.begin(self._options.control, settings)
         crew.start(policy, settings["audit"], http, self._enforcer)
@@ -245,6 +250,8 @@ class Supervisor:
         self._compiler.cancel()
         self._disk.close()
         self._control.close()
+        if self._bans is not None:
+            self._bans.close()
         if self._crew is not None:
             self._crew.close()
         self._close_listeners()
