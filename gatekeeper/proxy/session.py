@@ -90,6 +90,23 @@ class TcpSession:
         client = self.client
         self.backend = backend = Leg(self, sock.fileno(), sock)
         client.other, backend.other = backend, client
+        try:
+            data = os.read(client.fd, CHUNK_BYTES)
+        except BlockingIOError:
+            pass
+        except OSError:  # it has given up: the backend need not know
+            self.finish(End.CLIENT_RESET)
+            return
+        else:
+            if data:
+                client.received = len(data)
+                client.pending = data
+                # Most clients speak first. The handshake's last segment can leave with what they said then: one segment
+                # less, and the backend is woken once, by a connection that has something to say.
+                if terms.backend_family != _socket.AF_UNIX:
+                    sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_QUICKACK, 0)  # the kernel takes it back by itself
+            else:  # it has ended before it began; the backend is to see just that
+                client.ended = True
         self.connect(sock)
 
     def connect(self, sock: _socket.socket) -> None:
@@ -105,21 +122,10 @@ class TcpSession:
         if terms.may_meet_itself and sock.getsockname() == terms.backend_address:
             self.dial_failed(errno.ELOOP)
             return
-        # Nearby backends are connected by now, and most clients speak first: then their first bytes prove the
-        # connection, and waiting for it to become writable would be three more system calls.
-        try:
-            data = os.read(client.fd, CHUNK_BYTES)
-        except BlockingIOError:
-            data = b""
-        except OSError:
-            self.lose(client)
-            return
-        else:
-            if not data:  # it has ended before it began; the backend is to see just that
-                client.ended = True
-        if data:
-            client.received = len(data)
-            client.pending = data
+        # Nearby backends are connected by now: then the first bytes prove the connection, and waiting for it to become
+        # writable would be three more system calls.
+        data = client.pending
+        if data is not None:
             try:
                 sent = os.write(backend.fd, data)
             except BlockingIOError:
