@@ -21,8 +21,7 @@ from gatekeeper.snapshot.counters import End, ListenerSlot
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT
 
 if TYPE_CHECKING:
-    from gatekeeper.snapshot.bindings import Bindings
-    from gatekeeper.snapshot.reader import Snapshot
+    from gatekeeper.proxy.gate import Prepared
 
 BATCH_MOST = 64  # datagrams received in one turn
 DRAIN_IDLE_S = 2.0  # a flow never says that it has ended; while the service stops, this much silence will do
@@ -47,9 +46,9 @@ class UdpGate(Gate):
         self.flows: dict[Any, UdpSession] = {}
         self.drops = SocketDrops(sock)
 
-    def open(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
+    def open(self, policy: Prepared, index: int) -> None:
         """Start to receive under this policy."""
-        self.bind_policy(snapshot, bindings, index)
+        self.bind_policy(policy, index)
         self.sock.setblocking(False)
         self.shared.loop.watch(self.sock.fileno(), READ, self)
 
@@ -135,9 +134,11 @@ class UdpGate(Gate):
         self.shared.counters[self.terms.block + ListenerSlot.ACCEPT_OVERFLOWS] += self.drops.new()
         return 0
 
-    def drain(self) -> None:
-        """Serve the flows there are, and no new ones."""
+    def drain(self, *, receive: bool = True) -> None:
+        """Serve the flows there are, and no new ones; without ``receive`` only their replies: others read the socket now."""
         self.draining = True
+        if not receive:
+            self.shared.loop.unwatch(self.sock.fileno())
         for flow in self.flows.values():
             flow.idle_limit_s = min(flow.idle_limit_s, DRAIN_IDLE_S)
 
@@ -259,10 +260,28 @@ class UdpSession:
         """See `Failing.fail`."""
         self.finish(End.ERROR)
 
+    def live(self) -> bool:
+        """See `gate.Session.live`. Of one that has ended, the descriptor may be another's by now."""
+        return self.gate.shared.sessions.get(self.fd) is self
+
+    def state(self) -> str:
+        """See `gate.Session.state`."""
+        return "flow"
+
+    def moved(self) -> tuple[int, int]:
+        """See `gate.Session.moved`."""
+        return self.bytes_in, self.bytes_out
+
+    def idle_s(self, now: float) -> float:
+        """See `gate.Session.idle_s`."""
+        return 0.0 if self.datagrams != self.seen else now - self.active_s
+
+    def tcp_details(self) -> tuple[None, None]:
+        """See `gate.Session.tcp_details`."""
+        return None, None
+
     def sweep(self, now: float) -> None:
         """See `gate.Session.sweep`."""
-        if self.gate.shared.sessions.get(self.fd) is not self:
-            return  # it has ended since the round began, and its descriptor may be another's by now
         if self.datagrams != self.seen:
             self.seen = self.datagrams
             self.active_s = now
@@ -273,7 +292,7 @@ class UdpSession:
     def finish(self, end: End) -> None:
         """See `gate.Session.finish`."""
         shared = self.gate.shared
-        if shared.sessions.get(self.fd) is not self:
+        if not self.live():
             return
         del shared.sessions[self.fd]
         del self.gate.flows[self.key]

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper.supervisor import child as children
+from gatekeeper.supervisor.asking import Questions
 from gatekeeper.supervisor.log import printable
 from gatekeeper.supervisor.observing import Observer
 from gatekeeper.supervisor.worker import State, Worker
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gatekeeper.kernel.privileges import Identity
     from gatekeeper.supervisor.accepted import Accepted
+    from gatekeeper.supervisor.asking import Done, Rows
     from gatekeeper.supervisor.change import Change
     from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.log import Log
@@ -66,6 +68,7 @@ class Crew:
         self.gave_up: Callable[[str], None] = lambda _why: None
         self.gone: Callable[[], None] = lambda: None
         self.cut = 0  # sessions that workers had to end when they left
+        self.bans_fd: int | None = None  # the table in force; set by whoever owns it
         self.workers = [Worker(index, loop, commands.worker, identity) for index in range(size)]
         self.observer: Observer | None = None
         self._loop = loop
@@ -74,6 +77,7 @@ class Crew:
         self._identity = identity
         self._stuck_after_s = stuck_after_s
         self._state = state
+        self._questions = Questions(loop)
         self._served = False
         self._leaving = False
         self._ticks = 0
@@ -107,6 +111,25 @@ class Crew:
     def those_serving(self) -> list[Worker]:
         """Return the workers that enforce a policy now."""
         return [worker for worker in self.workers if worker.state is State.SERVING]
+
+    def ask(
+        self,
+        message: dict[str, Any],
+        fds: Sequence[int] = (),
+        *,
+        rows: Rows = lambda _worker, _rows: None,
+        done: Done,
+        patience_s: float = 10.0,
+    ) -> None:
+        """Ask all workers that enforce a policy, those that drain included; see `Questions.ask`.
+
+        Raises:
+            TooLong: the message is; nothing was sent.
+        """
+        # One that is about to enforce its first policy has no sessions, but must not miss a ban.
+        coming = message.get("op") == "bans"
+        asked = [one for one in self.workers if one.child is not None and (one.generation or (coming and one.offered))]
+        self._questions.ask(asked, message, fds, rows, done, patience_s)
 
     def bring_up_to_date(self) -> None:
         """Give the policy in force to workers that serve an older one (they arrived while it was being changed)."""
@@ -143,6 +166,8 @@ class Crew:
         if op == "ready" and worker.state is State.STARTING:
             worker.became_ready()
             self._introduce(worker)
+        elif op in {"rows", "answer"}:
+            self._questions.heard(worker, message)
         elif op == "drained":
             left = message.get("sessions")
             self.cut += min(max(left, 0), MOST_SESSIONS) if isinstance(left, int) else 0
@@ -198,6 +223,7 @@ class Crew:
             if one.state not in {State.DOWN, State.STARTING}:
                 one.siblings(counters)
             if one.state is State.READY:
+                one.bans(self.bans_fd)
                 self._offer(one)
 
     def _share_shards(self) -> None:
@@ -263,6 +289,7 @@ class Crew:
     def _worker_ended(self, worker: Worker, status: int) -> None:
         pid = worker.child.pid if worker.child is not None else 0
         delay_s = worker.ended()
+        self._questions.lost(worker)
         ended = children.how_it_ended(status)
         if self._leaving:
             if status != 0:

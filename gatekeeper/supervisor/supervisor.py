@@ -22,6 +22,8 @@ from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
 from gatekeeper.supervisor import listening, places
 from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
+from gatekeeper.supervisor.commands import Operators
+from gatekeeper.supervisor.control import Control
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.enforcing import Enforcer, leftover
 from gatekeeper.supervisor.installing import Installer
@@ -40,11 +42,12 @@ STUCK_AFTER_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line decides. ``workers`` ``None``: as the file says."""
+    """What the command line decides. ``workers`` and ``control`` ``None``: as the file says."""
 
     path: str
     workers: int | None = None
     drain_timeout_s: float = 300.0
+    control: str | None = None
     stuck_after_s: float = STUCK_AFTER_S
     commands: Commands = field(default_factory=Commands)
 
@@ -62,6 +65,7 @@ class Supervisor:
         self._compiler = Compiler(self._loop, log, options.commands.compiler, options.path)
         self._policy: Accepted | None = None  # the first; later ones are the installer's
         self._lock: int | None = None
+        self._control = Control(self._loop, log)
         self._enforcer: Enforcer | None = None
         self._crew: Crew | None = None
         self._installer: Installer | None = None
@@ -123,6 +127,8 @@ class Supervisor:
         self._reloader = Reloader(self._log, self._compiler, self._installer, crew, self._standing, self._notifier)
         if self._hung_up:
             self._reloader.request()
+        Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
+        self._control.begin(self._options.control, settings)
         crew.start(policy, settings["audit"], http, self._enforcer)
         if identity is not None and identity.name != privileges.ACCOUNTS[0]:
             self._log.info(f"workers run as {identity.name}; an account called {privileges.ACCOUNTS[0]} would be better")
@@ -230,6 +236,7 @@ class Supervisor:
     def _close(self) -> None:
         """Leave nothing behind, however far we came."""
         self._compiler.cancel()
+        self._control.close()
         if self._crew is not None:
             self._crew.close()
         self._close_listeners()
