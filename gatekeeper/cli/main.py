@@ -21,6 +21,7 @@ from gatekeeper.cli.terminal import CANNOT, EXIT_CODES, Terminal, write_examples
 
 COMMANDS = (  # each a module of this package
     "run", "check", "explain", "schema", "doctor", "demo", "completion",
+    "reload", "confirm", "rollback",
     "status", "sessions", "top", "log", "cut", "ban", "unban", "bans",  # these ask the running daemon
 )  # fmt: skip
 COMPLETION = "_GATEKEEPER_COMPLETE"  # the variable in which the scripts of `gatekeeper completion` ask

@@ -19,20 +19,23 @@ from typing import TYPE_CHECKING
 from gatekeeper.errors import GatekeeperError, KernelError, ListenError
 from gatekeeper.kernel import inherit, privileges, steering
 from gatekeeper.kernel.notify import Notifier
-from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
+from gatekeeper.snapshot.bindings import SlotsExhausted
 from gatekeeper.supervisor import listening, places
-from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
+from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
 from gatekeeper.supervisor.bans import Bans
 from gatekeeper.supervisor.commands import Operators
 from gatekeeper.supervisor.compiling import Compiler
 from gatekeeper.supervisor.control import Control
 from gatekeeper.supervisor.crew import Commands, Crew
+from gatekeeper.supervisor.effect import Effect
 from gatekeeper.supervisor.enforcing import Enforcer, leftover
 from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.lastgood import Disk
 from gatekeeper.supervisor.loop import Loop
+from gatekeeper.supervisor.reload_requests import ReloadRequests
 from gatekeeper.supervisor.reloading import Ask, Reloader
 from gatekeeper.supervisor.standing import Standing
+from gatekeeper.supervisor.starting import NothingToStartWith, choose
 
 if TYPE_CHECKING:
     from gatekeeper.supervisor.compiling import Compiled
@@ -45,12 +48,13 @@ STUCK_AFTER_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line decides. ``workers`` and ``control`` ``None``: as the file says."""
+    """What the command line decides. ``workers``, ``control`` and ``state`` ``None``: as the file says."""
 
     path: str
     workers: int | None = None
     drain_timeout_s: float = 300.0
     control: str | None = None
+    state: str | None = None
     stuck_after_s: float = STUCK_AFTER_S
     commands: Commands = field(default_factory=Commands)
 
@@ -95,20 +99,23 @@ class Supervisor:
 
     def _compiled(self, compiled: Compiled) -> None:
         why = self._compiler.tell_problems(compiled)
-        if compiled.snapshot_fd is None:
-            self._log.error(why)
-            self._loop.stop(CANNOT if compiled.failure is not None else REFUSED)
-            return
         try:
-            self._policy = accept(compiled.snapshot_fd, 1, Bindings())
-            self._start(self._policy)
+            first = choose(compiled, why, self._options.state, os.environ, self._log.warning)
+            self._policy = first.policy
+            if first.instead is not None:
+                self._log.error(f"{first.instead}\nstarting with the last good policy {first.policy.name}")
+                self._standing.start_with_last_good(first.instead)
+            self._start(first.policy, first.directory)
+        except NothingToStartWith as err:
+            self._log.error(str(err))
+            self._loop.stop(REFUSED if err.refused else CANNOT)
         except (GatekeeperError, SlotsExhausted, OSError) as err:
             self._cannot_start(str(err))
 
-    def _start(self, policy: Accepted) -> None:
+    def _start(self, policy: Accepted, directory: str | None) -> None:
         settings = policy.meta["settings"]
-        if settings["state"] is not None:
-            self._lock = places.lock_state(settings["state"])
+        if directory is not None:
+            self._lock = places.lock_state(directory)
         size = self._options.workers or settings["workers"] or len(os.sched_getaffinity(0))
         if size > MOST_WORKERS:
             self._log.warning(f"{size} workers are more than {MOST_WORKERS}; starting {MOST_WORKERS}")
@@ -129,15 +136,16 @@ class Supervisor:
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
         self._installer = Installer(self._loop, policy, opener, crew, self._enforcer)
+        effect = Effect(self._log, self._installer, crew, self._standing, self._disk, directory)
         self._reloader = Reloader(
-            self._loop, self._log, self._compiler, self._installer, crew, self._standing, self._notifier, self._disk,
-            settings["state"],
-        )  # fmt: skip
+            self._loop, self._log, self._compiler, self._installer, effect, crew, self._standing, self._notifier
+        )
         if self._hung_up:
             self._reloader.request(Ask("signal"))
-        self._bans = Bans(self._loop, self._log, crew, self._enforcer, settings["state"])
+        self._bans = Bans(self._loop, self._log, crew, self._enforcer, directory)
         self._bans.begin()
         self._control.handlers |= self._bans.handlers
+        self._control.handlers |= ReloadRequests(self._reloader).handlers
         Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
         self._control.begin(self._options.control, settings)
         crew.start(policy, settings["audit"], http, self._enforcer)
@@ -177,8 +185,7 @@ class Supervisor:
             self._crew.event("start", pid=os.getpid(), policy=self._digest())
             self._crew.tell_state()
         if self._reloader is not None:
-            self._reloader.save()
-            self._reloader.go_on()
+            self._reloader.begin()
 
     def _cannot_start(self, why: str) -> None:
         self._log.error(why)
