@@ -210,8 +210,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
     _require(isinstance(settings["audit"], str), "audit")
     _require(settings["kernel"] in ("auto", "off", "require"), "kernel")
     _require(settings["on_reload"] in ("revoke", "keep"), "on_reload")
-    for key, value in (("state", settings["state"]), *settings["control"].items()):
-        _require(value is None or isinstance(value, str), key)
+    for value in (settings["state"], settings["control"]["socket"], settings["control"]["group"]):
+        _require(value is None or isinstance(value, str), "state or control")
 
 
 def _is_count(value: Any, limit: int) -> bool:
