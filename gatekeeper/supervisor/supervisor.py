@@ -2,7 +2,7 @@
 
     compile ──► open sockets ──► start the crew ──► serving ──SIGTERM, SIGINT──► draining ──► gone
                                                     │     ▲
-                                                    └─────┘ SIGHUP: compile, check, open, change over in all workers
+                                                    └─────┘ SIGHUP, a command, a changed file: reload
 
 Single-threaded, and it never waits: everything is a callback of the loop.
 """
@@ -40,6 +40,7 @@ from gatekeeper.supervisor.starting import NothingToStartWith, choose
 if TYPE_CHECKING:
     from gatekeeper.supervisor.compiling import Compiled
     from gatekeeper.supervisor.log import Log
+    from gatekeeper.supervisor.watching import Watcher
 
 FINE, REFUSED, CANNOT = 0, 1, 3  # exit codes
 MOST_WORKERS = 128  # their descriptors travel in one message
@@ -55,6 +56,7 @@ class Options:
     drain_timeout_s: float = 300.0
     control: str | None = None
     state: str | None = None
+    watch: bool = False
     stuck_after_s: float = STUCK_AFTER_S
     commands: Commands = field(default_factory=Commands)
 
@@ -79,7 +81,8 @@ class Supervisor:
         self._bans: Bans | None = None
         self._installer: Installer | None = None
         self._reloader: Reloader | None = None
-        self._hung_up = False  # a reload was asked for before there was anything to reload
+        self._watcher: Watcher | None = None
+        self._early: Ask | None = None  # a reload that was asked for before there was anything to reload
         self._cutting = False  # the stop waits for no session any more
 
     def run(self) -> int:
@@ -90,12 +93,24 @@ class Supervisor:
             try:
                 if self._notifier.watchdog_interval_s is not None:
                     self._pet_watchdog()
+                if self._options.watch:
+                    self._watch()
                 self._compiler.start(self._compiled)
                 return self._loop.run()
             finally:
                 self._close()
 
     # -- start
+
+    def _watch(self) -> None:
+        from gatekeeper.supervisor import watching  # noqa: PLC0415 - only who asks for it needs inotify
+
+        try:
+            self._watcher = watching.Watcher(self._loop, self._options.path, lambda: self._ask("watch"), self._log.warning)
+        except watching.WatchError as err:
+            self._cannot_start(str(err))
+        else:
+            self._compiler.follow = self._watcher.follow
 
     def _compiled(self, compiled: Compiled) -> None:
         why = self._compiler.tell_problems(compiled)
@@ -140,8 +155,8 @@ class Supervisor:
         self._reloader = Reloader(
             self._loop, self._log, self._compiler, self._installer, effect, crew, self._standing, self._notifier
         )
-        if self._hung_up:
-            self._reloader.request(Ask("signal"))
+        if self._early is not None:
+            self._reloader.request(self._early)
         self._bans = Bans(self._loop, self._log, crew, self._enforcer, directory)
         self._bans.begin()
         self._control.handlers |= self._bans.handlers
@@ -199,13 +214,17 @@ class Supervisor:
             if self._crew is not None:
                 self._crew.reap()
         elif number == signal.SIGHUP:
-            self._hung_up = True
-            if self._reloader is not None:
-                self._reloader.request(Ask("signal"))
+            self._ask("signal")
         elif self._standing.stopping or not self._standing.serving:
             self._stop_now()
         else:
             self._stop()
+
+    def _ask(self, cause: str) -> None:
+        if self._reloader is not None:
+            self._reloader.request(Ask(cause))
+        elif self._early is None or self._early.cause == "watch":
+            self._early = Ask(cause)
 
     # -- stop
 
@@ -255,6 +274,8 @@ class Supervisor:
     def _close(self) -> None:
         """Leave nothing behind, however far we came."""
         self._compiler.cancel()
+        if self._watcher is not None:
+            self._watcher.close()
         self._disk.close()
         self._control.close()
         if self._bans is not None:
