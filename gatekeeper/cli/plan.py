@@ -137,12 +137,7 @@ def _check(terminal: Terminal, file: str | None, path: str) -> Loaded:
 
     if file is not None:
         return load(terminal, file, config.check)
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as err:
-        raise CannotDo(f"cannot read {path}: {err.strerror}") from err
-    return config.check(path)
+    return load(terminal, path, lambda name, _text, tell: config.check(name, None, tell))
 
 
 def _ask_for_sessions(control: str | None, candidate: Any) -> tuple[list[Fate], list[int]]:
