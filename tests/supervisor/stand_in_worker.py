@@ -106,13 +106,13 @@ def main() -> int:
             channel.send({"op": "committed", "generation": generation})
             while mode == "stuck":
                 time.sleep(60)
-        elif order.get("query"):
-            channel.send({"op": "answer", "query": order["query"], "judged": 0, "ended": 0})
         elif order["op"] in {"sessions", "cut"} and mode == "lie":
             if detail == "end":
                 return 6
             for message in lies(detail, order["query"]):
                 channel.send(message)
+        elif order.get("query"):
+            channel.send({"op": "answer", "query": order["query"], "judged": 0, "ended": 0})
         elif order["op"] == "drain":
             channel.send({"op": "drained", "sessions": 0})
             return 0
