@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Gate(Process):
         audit: str | None = None,
         options: Sequence[str] = (),
         metrics_port: int | None = None,
+        before_exec: Callable[[Path], None] = lambda _rules: None,
     ) -> None:
         self.rules_path = folder / "rules.yaml"
         self.audit_path = folder / "audit.jsonl"
@@ -52,6 +53,7 @@ class Gate(Process):
         )
         self.workers = workers
         self.write(text)
+        before_exec(self.rules_path)
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             notify_path = folder / "notify"
