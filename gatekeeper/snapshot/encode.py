@@ -14,14 +14,17 @@ from gatekeeper.snapshot.layout import HEADER, MAGIC
 _ALIGNMENT = 8
 
 
-def encode(config: Config) -> list[bytes | memoryview]:
-    """Return a snapshot in parts that follow one another; the large ones are views, not copies."""
+def encode(config: Config, origin: dict[str, Any] | None = None) -> list[bytes | memoryview]:
+    """Return a snapshot in parts that follow one another; the large ones are views, not copies.
+
+    ``origin`` is kept in the meta section as it is: what a compiler needs to know that it has made this one.
+    """
     table = compile_policy(config.policy)
     v6 = (table.v6_high, table.v6_low, table.v6_class, table.v6_index)
     sections: list[bytes | memoryview] = [
         memoryview(part).cast("B") for part in (table.v4, table.v4_index, *v6, table.matrix)
     ]
-    sections.append(json.dumps(_meta(config, table), separators=(",", ":")).encode())
+    sections.append(json.dumps(_meta(config, table) | {"origin": origin}, separators=(",", ":")).encode())
     places: list[int] = []
     parts: list[bytes | memoryview] = []
     at = HEADER.size
@@ -33,13 +36,13 @@ def encode(config: Config) -> list[bytes | memoryview]:
     return [HEADER.pack(MAGIC, *places), *parts]
 
 
-def write(config: Config, fd: int) -> None:
-    """Write a snapshot into an empty file or memfd. The caller owns ``fd``.
+def write(config: Config, fd: int, origin: dict[str, Any] | None = None) -> None:
+    """Write a snapshot (see `encode`) into an empty file or memfd. The caller owns ``fd``.
 
     Raises:
         OSError: no room.
     """
-    write_parts(encode(config), fd)
+    write_parts(encode(config, origin), fd)
 
 
 def write_parts(parts: Iterable[bytes | memoryview], fd: int) -> None:

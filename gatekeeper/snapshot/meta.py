@@ -16,4 +16,5 @@
               "control": {"socket": path, off, or null: the usual place, "group": name or null},
               "on_reload": revoke or keep}
  files       [path]
+ origin      null, or what else the service's compiler needs to see that nothing has changed: `supervisor.reuse.origin`
 """

@@ -1,9 +1,12 @@
 """The compiler: a process of its own that reads the rule file, checks it, and writes the snapshot.
 
 `python -m gatekeeper.supervisor.compile FILE --snapshot FD --report FD`. The only part of the running service that
-imports the YAML reader. The report is one JSON document:
+imports the YAML reader. With `--known FD` (a snapshot) or `--last-good` (the one in the state directory) it hands that
+one on when it is still what the files say, see `reuse`. With `--progress FD` it writes a line of text to a pipe now and
+then, if it takes long. The report is one JSON document:
 
     accepted    bool: the snapshot was written
+    unchanged   bool: it is the one that was known
     unreadable  bool: the rule file itself could not be read
     problems    [as `gatekeeper.config.as_json`]
     text        the same problems for people, with the lines they are in
@@ -19,15 +22,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import re
 import resource
 import stat
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from gatekeeper.config import reading
 from gatekeeper.kernel import privileges
+from gatekeeper.progress import Tell, Watch, silent
+from gatekeeper.supervisor import lastgood, places, reuse
 
 MEMORY_LIMIT_BYTES = 4 << 30
 
@@ -39,13 +47,19 @@ def main() -> None:
     parser.add_argument("--snapshot", type=int, required=True)
     parser.add_argument("--report", type=int, required=True)
     parser.add_argument("--supervisor", type=int, required=True)
+    parser.add_argument("--known", type=int, help="a snapshot that may still be what the files say")
+    parser.add_argument(
+        "--last-good", nargs=2, metavar=("GIVEN", "DEFAULT"), help="state directories: as the command line says, or the service manager"
+    )
+    parser.add_argument("--progress", type=int)
     parser.add_argument("--memory", type=int, default=MEMORY_LIMIT_BYTES)
     arguments = parser.parse_args()
     privileges.confine(arguments.supervisor)
     with contextlib.suppress(OSError, ValueError):  # a sandbox that forbids it, or a lower limit already
         resource.setrlimit(resource.RLIMIT_AS, (arguments.memory, arguments.memory))
     try:
-        report = compile_file(arguments.file, arguments.snapshot)
+        with _progress(arguments.progress) as tell:
+            report = _reuse(arguments, tell) or compile_file(arguments.file, arguments.snapshot, tell)
     except MemoryError:
         report = _failed(f"compiling {arguments.file} takes more than {arguments.memory >> 20} MiB of memory")
     except OSError as err:
@@ -54,7 +68,58 @@ def main() -> None:
         pipe.write(json.dumps(report).encode())
 
 
-def compile_file(path: str, snapshot_fd: int) -> dict[str, Any]:
+@contextlib.contextmanager
+def _progress(pipe: int | None) -> Iterator[Tell]:
+    """Write what is told to a pipe, line by line; whoever does not read misses something."""
+    if pipe is None:
+        yield silent
+        return
+    os.set_blocking(pipe, False)
+
+    def show(text: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(pipe, f"{text}\n".encode(errors="replace"))
+
+    with Watch(show) as watch:
+        yield watch
+
+
+def _reuse(arguments: argparse.Namespace, tell: Tell) -> dict[str, Any] | None:
+    """Hand on the snapshot that is known and return the report, ``None`` when the file has to be compiled.
+
+    Raises:
+        OSError: the snapshot could not be written.
+    """
+    path, known = arguments.file, arguments.known
+    if known is None and arguments.last_good is not None:
+        known = _last_good(path, *arguments.last_good)
+    meta = reuse.read_meta(known) if known is not None else None
+    if meta is None or not reuse.still_says(path, meta, tell):
+        return None
+    size = os.fstat(known).st_size
+    while (at := os.lseek(arguments.snapshot, 0, os.SEEK_CUR)) < size:
+        if not os.sendfile(arguments.snapshot, known, at, size - at):
+            raise OSError(errno.EIO, "the known snapshot has become shorter")
+    return {
+        "accepted": True, "unchanged": True, "unreadable": False, "problems": meta["origin"]["problems"],
+        "text": meta["origin"]["text"], "failure": None, "sought": meta["files"],
+        "patterns": meta["origin"]["patterns"], "state": meta["settings"]["state"],
+    }  # fmt: skip
+
+
+def _last_good(path: str, given: str, default: str) -> int | None:
+    """Return the last good policy of the service, ``None`` when there is none that can be used."""
+    try:
+        with open(reading.open_file(path), encoding="utf-8", errors="replace") as file:
+            state = _state(path, file.read(reading.SIZE_MOST_BYTES))
+        directory = places.state_directory(given, state, {"STATE_DIRECTORY": default})
+        found = lastgood.read(directory) if directory is not None else None
+    except (reading.Refused, lastgood.LastGoodError, OSError):
+        return None  # whoever needs it in earnest says what is wrong with it
+    return found.snapshot_fd if found is not None else None
+
+
+def compile_file(path: str, snapshot_fd: int, tell: Tell = silent) -> dict[str, Any]:
     """Write the snapshot of a rule file, if it may be applied, and return the report.
 
     Raises:
@@ -71,14 +136,15 @@ def compile_file(path: str, snapshot_fd: int) -> dict[str, Any]:
             file.read(1)
     except OSError as err:
         return _failed(f"cannot read {path}: {err.strerror}") | {"unreadable": True}
-    loaded = config.check(path)
+    loaded = config.check(path, None, tell)
     text = "\n".join(config.render(problem, loaded.texts) for problem in loaded.problems)
     problems = [config.as_json(problem) for problem in loaded.problems]
     if loaded.config is not None:
-        write(loaded.config, snapshot_fd)
+        tell("compiling", 0, 0)
+        write(loaded.config, snapshot_fd, reuse.origin(path, loaded.patterns, problems, text))
     return {
-        "accepted": loaded.config is not None, "unreadable": False, "problems": problems, "text": text, "failure": None,
-        "sought": loaded.sought, "patterns": loaded.patterns, "state": _state(path, loaded.texts.get(path, "")),
+        "accepted": loaded.config is not None, "unchanged": False, "unreadable": False, "problems": problems, "text": text,
+        "failure": None, "sought": loaded.sought, "patterns": loaded.patterns, "state": _state(path, loaded.texts.get(path, "")),
     }  # fmt: skip
 
 
@@ -90,7 +156,7 @@ def _state(path: str, text: str) -> str | None:
 
 def _failed(why: str) -> dict[str, Any]:
     return {
-        "accepted": False, "unreadable": False, "problems": [], "text": "", "failure": why,
+        "accepted": False, "unchanged": False, "unreadable": False, "problems": [], "text": "", "failure": why,
         "sought": [], "patterns": [], "state": None,
     }  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatekeeper.kernel import memfd
 from gatekeeper.supervisor import child
+from gatekeeper.supervisor.log import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 PATIENCE_S = 120.0
 LONGEST_REPORT_BYTES = 16 << 20
 _BLOCK_BYTES = 1 << 16
+_LONGEST_LINE_BYTES = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """What came out. ``snapshot_fd`` is ``None`` when the file was not accepted; else the receiver owns it.
 
-    ``text`` are the problems for people, ``problems`` their number, ``first`` the first of them in one line. ``failure``: the compiler could not do its work at
-    all; ``unreadable``: because the rule file cannot be read. ``sought`` and ``patterns`` are the files it depends on,
+    ``text`` are the problems for people, ``problems`` their number, ``first`` the first of them in one line.
+    ``failure``: the compiler could not do its work at all; ``unreadable``: because the rule file cannot be read.
+    ``unchanged``: the snapshot is a copy of the one that was known. ``sought`` and ``patterns`` are the files it depends on,
     ``state`` the state directory that it names; see `compile`.
     """
 
@@ -42,6 +45,29 @@ class Compiled:
     sought: tuple[str, ...] = ()
     patterns: tuple[tuple[str, str], ...] = ()
     state: str | None = None
+    unchanged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A policy that need not be compiled again when it is what the files still say.
+
+    ``snapshot_fd``: this one (the descriptor stays the caller's), else, with ``states``, the last good one. They are the
+    state directories that the command line and the service manager name, "" when they name none.
+    """
+
+    snapshot_fd: int | None = None
+    states: tuple[str, str] | None = None
+
+    def arguments(self) -> list[str]:
+        """Return what the compiler is told of it."""
+        if self.snapshot_fd is not None:
+            return ["--known", str(self.snapshot_fd)]
+        return ["--last-good", *self.states] if self.states is not None else []
+
+    def fds(self) -> list[int]:
+        """Return the descriptors that it needs for that."""
+        return [] if self.snapshot_fd is None else [self.snapshot_fd]
 
 
 class Compilation:
@@ -49,9 +75,9 @@ class Compilation:
 
     def __init__(
         self, loop: Loop, command: Sequence[str], path: str, done: Callable[[Compiled], None],
-        patience_s: float = PATIENCE_S,
+        patience_s: float = PATIENCE_S, *, known: Known | None = None, progress: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
-        """Start it.
+        """Start it. ``progress`` is called with a line of text now and then if it takes long, and with "" afterwards.
 
         Raises:
             OSError: no memory, no descriptors, or the interpreter is gone.
@@ -63,27 +89,23 @@ class Compilation:
         self._patience_s = patience_s
         self._late = False
         self._ended = False
-        self._snapshot_fd = memfd.create("gatekeeper-snapshot")
-        try:
-            self._pipe, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
-            os.close(self._snapshot_fd)
-            raise
-        os.set_blocking(theirs, True)
-        try:
+        self._progress = progress
+        self._line = bytearray()
+        known = known or Known()
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            self._snapshot_fd = memfd.create("gatekeeper-snapshot")
+            ours.callback(os.close, self._snapshot_fd)
+            self._pipe, report = _pipe(ours, theirs)
+            self._steps, steps = _pipe(ours, theirs)
             self._process = child.start(
-                [*command, path, "--snapshot", str(self._snapshot_fd), "--report", str(theirs),
-                 "--supervisor", str(os.getpid())],
-                [self._snapshot_fd, theirs],
+                [*command, path, "--snapshot", str(self._snapshot_fd), "--report", str(report),
+                 "--supervisor", str(os.getpid()), "--progress", str(steps), *known.arguments()],
+                [self._snapshot_fd, report, steps, *known.fds()],
             )  # fmt: skip
-        except OSError:
-            os.close(self._pipe)
-            os.close(self._snapshot_fd)
-            raise
-        finally:
-            os.close(theirs)
+            ours.pop_all()
         self._timer = loop.later(patience_s, self._too_late)
         loop.watch(self._pipe, self._read)
+        loop.watch(self._steps, self._read_steps)
 
     def cancel(self) -> None:
         """Stop it; ``done`` is not called any more."""
@@ -97,9 +119,11 @@ class Compilation:
             return self._ended
         self._ended = True
         self._read()
-        self._loop.unwatch(self._pipe)
-        os.close(self._pipe)
+        for pipe in (self._pipe, self._steps):
+            self._loop.unwatch(pipe)
+            os.close(pipe)
         self._timer.cancel()
+        self._tell("")
         result = self._result(status)
         if result.snapshot_fd is None or self._done is None:
             os.close(self._snapshot_fd)
@@ -116,6 +140,23 @@ class Compilation:
                     break
             else:
                 self._loop.unwatch(self._pipe)
+
+    def _read_steps(self) -> None:
+        """Pass on the latest of what the compiler says that it is at."""
+        try:
+            block = os.read(self._steps, _BLOCK_BYTES)
+        except BlockingIOError:
+            return
+        if not block:
+            self._loop.unwatch(self._steps)
+            return
+        *lines, self._line = (self._line + block)[-_LONGEST_LINE_BYTES:].split(b"\n")
+        if lines:
+            self._tell(printable(lines[-1].decode(errors="replace")))
+
+    def _tell(self, text: str) -> None:
+        if self._progress is not None and self._done is not None:
+            self._progress(text)
 
     def _too_late(self) -> None:
         self._late = True
@@ -138,7 +179,7 @@ class Compilation:
             return Compiled(None, failure=f"the compiler of {self._path} {ended} without a report")
         return Compiled(
             self._snapshot_fd if accepted else None, str(text), len(problems), first, failure, unreadable,
-            sought, patterns, report["state"],
+            sought, patterns, report["state"], bool(report["unchanged"]),
         )  # fmt: skip
 
 
@@ -158,8 +199,10 @@ class Compiler:
         """Whether the compiler runs."""
         return self._compilation is not None
 
-    def start(self, done: Callable[[Compiled], None]) -> None:
-        """Run the compiler; ``done`` is called with what came out, unless it is cancelled."""
+    def start(
+        self, done: Callable[[Compiled], None], known: Known | None = None, progress: Callable[[str], None] | None = None
+    ) -> None:
+        """Run the compiler; ``done`` is called with what came out, unless it is cancelled. See `Compilation`."""
         began = time.time()
 
         def compiled(result: Compiled) -> None:
@@ -169,7 +212,9 @@ class Compiler:
             done(result)
 
         try:
-            self._compilation = Compilation(self._loop, self._command, self._path, compiled)
+            self._compilation = Compilation(
+                self._loop, self._command, self._path, compiled, known=known, progress=progress
+            )
         except OSError as err:
             done(Compiled(None, failure=f"the compiler cannot be started: {err}"))
 
@@ -192,6 +237,15 @@ class Compiler:
             return compiled.failure
         what = "1 problem" if compiled.problems == 1 else f"{compiled.problems} problems"
         return f"{self._path} is not a policy that can be applied ({what})"
+
+
+def _pipe(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:
+    """Return a pipe: our end, which never waits, and the end of a child."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    ours.callback(os.close, read)
+    theirs.callback(os.close, write)
+    os.set_blocking(read, False)
+    return read, write
 
 
 def _in_one_line(problem: dict[str, Any]) -> str:

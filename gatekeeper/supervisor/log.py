@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _LONGEST_LINE = 4000  # a pipe that takes anything takes this much (PIPE_BUF)
+_WIPE = "\r\x1b[K"  # of a terminal: the line that the cursor is in
 _ERROR, _WARNING, _INFO = 3, 4, 6  # syslog priorities
 
 
@@ -22,6 +23,7 @@ class Log:
         self._stream = sys.stderr if stream is None else stream
         self._poll = select.poll()
         self._lost = 0
+        self._status = False  # a line stands there that is not to stay
         self._for_journal = _is_journal(self._stream, os.environ if environment is None else environment)
 
     def info(self, text: str) -> None:
@@ -41,6 +43,17 @@ class Log:
         for line in text.splitlines():
             self._put(_ERROR if error else _WARNING, line)
 
+    def status(self, text: str) -> None:
+        """Show a person at a terminal what goes on just now; the next line, or an empty text, takes its place."""
+        try:
+            if self._stream.isatty() and (text or self._status) and self._takes_more():
+                self._status = bool(text)
+                width = os.get_terminal_size(self._stream.fileno()).columns or 80
+                self._stream.write(f"{_WIPE}{printable(text)[: width - 1]}")
+                self._stream.flush()
+        except (OSError, ValueError):  # a terminal that is gone, or not a real one
+            return
+
     def _write(self, priority: int, text: str) -> None:
         word = {_ERROR: "error: ", _WARNING: "warning: ", _INFO: ""}[priority]
         for line in text.splitlines():
@@ -55,7 +68,8 @@ class Log:
             lost, self._lost = self._lost, 0
             if lost:
                 self._stream.write(f"{prefix}gatekeeper: {lost} lines were lost here: nobody read them\n")
-            self._stream.write(f"{prefix}{printable(line, _LONGEST_LINE)}\n")
+            wipe, self._status = _WIPE if self._status else "", False
+            self._stream.write(f"{wipe}{prefix}{printable(line, _LONGEST_LINE)}\n")
             self._stream.flush()
         except (OSError, ValueError):
             # Nobody reads us any more (a closed terminal, a pipe that broke). The service matters more.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gatekeeper.errors import KernelError
 from gatekeeper.supervisor import places
 from gatekeeper.supervisor.accepted import digest_of
+from gatekeeper.supervisor.compiling import Known
 from gatekeeper.supervisor.installing import listening
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Reloader:
             except places.PlaceError as err:
                 self._log.error(f"{err}; going on with the old one")
         self._say("compiling")
-        self._compiler.start(self._compiled)
+        self._compiler.start(self._compiled, Known(self._installer.policy.snapshot_fd), self._say)
 
     def _compiled(self, compiled: Compiled) -> None:
         digest = digest_of(compiled.snapshot_fd) if compiled.snapshot_fd is not None else None
@@ -174,6 +175,9 @@ class Reloader:
         elif confirm_s is not None and digest is not None:
             snapshot_fd = compiled.snapshot_fd
             self._effect.note_trial(digest, lambda: self._install(snapshot_fd))
+        elif compiled.unchanged and self._standing.reload_error is None:
+            os.close(compiled.snapshot_fd)
+            self._take_effect(self._installer.policy, listening(self._installer.policy))
         else:
             self._install(compiled.snapshot_fd)
 
@@ -195,22 +199,30 @@ class Reloader:
             if failure is not None:
                 self._ended(Outcome(failure))
                 return
-            policy = self._installer.policy
-            result = {
-                "changed": policy.meta["digest"] != before.meta["digest"],
-                "policy": policy.meta["digest"], "before": before.meta["digest"], "judged": 0, "ended": 0,
-                "listeners_opened": _named(listening(policy) - endpoints),
-                "listeners_closed": _named(endpoints - listening(policy)),
-                "confirm_within_s": confirm_s,
-            }  # fmt: skip
             if confirm_s is None:
-                self._say("judging live sessions")
-                self._effect.take(lambda more: self._ended(Outcome(result=result | more)))
+                self._take_effect(before, endpoints)
             else:
                 self._start_trial(confirm_s, before)
-                self._ended(Outcome(result=result))
+                self._ended(Outcome(result=self._result(before, endpoints)))
 
         self._installer.install(snapshot_fd, installed, on_trial=confirm_s is not None)
+
+    def _take_effect(self, before: Accepted, endpoints: set[tuple[str, str, str]]) -> None:
+        """Let the policy in force reach live sessions and the disk. ``before`` was in force before the reload, at ``endpoints``."""
+        result = self._result(before, endpoints)
+        self._say("judging live sessions")
+        self._effect.take(lambda more: self._ended(Outcome(result=result | more)))
+
+    def _result(self, before: Accepted, endpoints: set[tuple[str, str, str]]) -> dict[str, Any]:
+        """Return what the control socket answers."""
+        policy = self._installer.policy
+        return {
+            "changed": policy.meta["digest"] != before.meta["digest"],
+            "policy": policy.meta["digest"], "before": before.meta["digest"], "judged": 0, "ended": 0,
+            "listeners_opened": _named(listening(policy) - endpoints),
+            "listeners_closed": _named(endpoints - listening(policy)),
+            "confirm_within_s": self._asks[0].confirm_s,
+        }  # fmt: skip
 
     def _ended(self, outcome: Outcome, detail: str = "") -> None:
         """Tell everybody how a reload ended, and begin the next if one was asked for meanwhile.
@@ -317,7 +329,7 @@ class Reloader:
     # -- saying how it is
 
     def _say(self, text: str) -> None:
-        for ask in self._asks:
+        for ask in self._asks if text else ():
             ask.progress(text)
 
     def _warn_of_settings(self, settings: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from gatekeeper.supervisor import listening, places
 from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
 from gatekeeper.supervisor.bans import Bans
 from gatekeeper.supervisor.commands import Operators
-from gatekeeper.supervisor.compiling import Compiler
+from gatekeeper.supervisor.compiling import Compiler, Known
 from gatekeeper.supervisor.control import Control
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.effect import Effect
@@ -95,7 +95,8 @@ class Supervisor:
                     self._pet_watchdog()
                 if self._options.watch:
                     self._watch()
-                self._compiler.start(self._compiled)
+                states = self._options.state or "", os.environ.get("STATE_DIRECTORY", "")
+                self._compiler.start(self._compiled, Known(states=states), self._log.status)
                 return self._loop.run()
             finally:
                 self._close()

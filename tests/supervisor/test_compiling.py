@@ -24,7 +24,8 @@ import json, os, signal, sys, time
 snapshot, report = (int(sys.argv[sys.argv.index(name) + 1]) for name in ("--snapshot", "--report"))
 """
 GOOD = {
-    "accepted": True, "unreadable": False, "problems": [], "text": "", "failure": None, "sought": [], "patterns": [], "state": None,
+    "accepted": True, "unchanged": False, "unreadable": False, "problems": [], "text": "", "failure": None, "sought": [],
+    "patterns": [], "state": None,
 }  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def compile_with() -> Iterator[Compile]:
     owned: list[int] = []
     before = len(os.listdir("/proc/self/fd"))
 
-    def run(script: str, patience_s: float = 20.0) -> Compiled:
+    def run(script: str, patience_s: float = 20.0, progress: Callable[[str], None] | None = None) -> Compiled:
         results: list[Compiled] = []
         compilation: Compilation
 
@@ -47,7 +48,8 @@ def compile_with() -> Iterator[Compile]:
             loop.stop(0)
 
         with Loop(signalled) as loop:
-            compilation = Compilation(loop, [sys.executable, "-c", ARGUMENTS + script], "rules.yaml", done, patience_s)
+            command = [sys.executable, "-c", ARGUMENTS + script]
+            compilation = Compilation(loop, command, "rules.yaml", done, patience_s, progress=progress)
             loop.later(30, lambda: loop.stop(1))
             assert loop.run() == 0
         (result,) = results
@@ -71,6 +73,21 @@ with open(report, "wb") as pipe:
     assert result.snapshot_fd is not None
     assert os.pread(result.snapshot_fd, 10, 0) == b"bytes"
     assert (len(result.text), result.failure) == (300000, None)
+
+
+def test_a_long_compilation_says_how_far_it_is(compile_with: Compile) -> None:
+    """Its latest line of progress is passed on, as one harmless line, and an empty one when it is over."""
+    said: list[str] = []
+    script = f"""
+progress = int(sys.argv[sys.argv.index("--progress") + 1])
+for line in (b"reading a\\nreading b\\n", b"\\x1b[2Jproving", b" tests\\n", b"never ended"):
+    os.write(progress, line)
+    time.sleep(0.3)
+json.dump({GOOD!r}, open(report, "w"))
+"""
+    assert compile_with(script, progress=said.append).failure is None
+    assert said[-1] == ""
+    assert [line for line in said if line][-1] == "?[2Jproving tests"
 
 
 def test_problems_come_out(compile_with: Compile) -> None:

@@ -60,3 +60,32 @@ def test_words_of_others_stay_in_their_line() -> None:
     """Text from another process cannot add lines or move the cursor, and cannot be endless."""
     assert printable("a\nb\x1b[2Jc") == "a?b?[2Jc"
     assert len(printable("x" * 10000)) == 500
+
+
+def test_a_person_at_a_terminal_sees_what_goes_on_and_the_log_stays_whole() -> None:
+    """A line of status gives way to the next line of the log, and to nothing when it is over."""
+    terminal, theirs = os.openpty()
+    with open(theirs, "w") as stream, open(terminal, "rb", buffering=0) as screen:
+        log = Log(stream, {})
+        log.status("")  # nothing stands there
+        log.status("reading many.txt: 1.0 of 2.0 MB")
+        log.info("serving")
+        log.status("proving tests")
+        log.status("")
+        log.info("and on")
+        seen = b""
+        while b"and on" not in seen:
+            seen += screen.read(1 << 12)
+    wipe = "\r\x1b[K"
+    assert seen.decode().replace("\r\n", "\n") == (
+        f"{wipe}reading many.txt: 1.0 of 2.0 MB{wipe}gatekeeper: serving\n{wipe}proving tests{wipe}gatekeeper: and on\n"
+    )
+
+
+def test_a_log_that_is_no_terminal_has_no_status() -> None:
+    """What goes into files and pipes is facts."""
+    stream = io.StringIO()
+    log = Log(stream, {})
+    log.status("reading")
+    log.info("serving")
+    assert stream.getvalue() == "gatekeeper: serving\n"
