@@ -128,7 +128,7 @@ def make_registry(service: Service, lost: Callable[[], Sequence[tuple[str, int]]
 def _connections(service: Service, totals: Totals) -> Metric:
     family = CounterMetricFamily(
         "gatekeeper_connections",
-        "Connections and UDP flows judged by a worker, each once; rule is empty for the default.",
+        "Connections and UDP flows judged by a worker, each once; rule is empty for the default, bans and limits.",
         labels=["listener", "action", "rule", "reason"],
     )
     for key, slot in service.bindings.verdicts.items():

@@ -37,7 +37,8 @@ class Table:
     """A compiled policy, as `gatekeeper.snapshot.layout` lays it down.
 
     ``matrix`` holds ``classes`` words for each distinct row. ``rows`` is the row of every endpoint, in the order of
-    listeners and their endpoints. ``over`` is, for each listener, the detail of a refusal by ``max_sessions``.
+    listeners and their endpoints. ``over`` and ``ban`` are, for each listener, the detail of a refusal by ``max_sessions``
+    and of one by a ban; neither occurs in ``matrix``.
     ``sets_ranges`` counts the ranges over all distinct source sets.
     """
 
@@ -52,6 +53,7 @@ class Table:
     rows: list[int]
     details: list[Detail]
     over: list[int]
+    ban: list[int]
     sets_ranges: int
 
 
@@ -68,8 +70,11 @@ def compile_policy(policy: Policy) -> Table:
     for mask in seen:
         judged_as.setdefault(classes[mask], mask)
     matrix, numbers, details = _matrix(policy, rows, list(judged_as.values()))
-    over = range(len(details), len(details) + len(policy.listeners))
-    details += [(index, None, Action.DENY, Reason.MAX_SESSIONS) for index in range(len(policy.listeners))]
+    listeners = len(policy.listeners)
+    over = range(len(details), len(details) + listeners)
+    ban = range(over.stop, over.stop + listeners)
+    for reason in (Reason.MAX_SESSIONS, Reason.BAN):
+        details += [(index, None, Action.DENY, reason) for index in range(listeners)]
     v4_starts, v4_class = v4.table(classes)
     v6_starts, v6_class = v6.table(classes)
     assert isinstance(v4_starts, array)
@@ -86,6 +91,7 @@ def compile_policy(policy: Policy) -> Table:
         rows=numbers,
         details=details,
         over=list(over),
+        ban=list(ban),
         sets_ranges=sum(addresses.count_ranges() for addresses, _ in sets),
     )
 

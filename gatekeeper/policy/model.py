@@ -31,6 +31,7 @@ class Reason(enum.StrEnum):
 
     RULE = "rule"
     DEFAULT = "default"
+    BAN = "ban"  # above every rule
     MAX_SESSIONS = "max_sessions"
 
 

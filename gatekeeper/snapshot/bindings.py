@@ -20,7 +20,7 @@ class SlotsExhausted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class VerdictKey:
-    """The labels of one verdict counter. ``rule`` is empty for the default and for limits."""
+    """The labels of one verdict counter. ``rule`` is empty for the default, bans and limits."""
 
     listener: str
     action: str

@@ -78,7 +78,8 @@ def _meta(config: Config, table: Table) -> dict[str, Any]:
             for rule in policy.rules
         ],
         "listeners": [
-            _listener(listener, over) for listener, over in zip(policy.listeners, table.over, strict=True)
+            _listener(listener, over, ban)
+            for listener, over, ban in zip(policy.listeners, table.over, table.ban, strict=True)
         ],
         "endpoints": [
             {"listener": index, "key": endpoint.key, "address": endpoint.address, "row": next(rows)}
@@ -104,7 +105,7 @@ def _meta(config: Config, table: Table) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _listener(listener: Listener, over_detail: int) -> dict[str, Any]:
+def _listener(listener: Listener, over_detail: int, ban_detail: int) -> dict[str, Any]:
     return {
         "name": listener.name,
         "protocol": str(listener.protocol),
@@ -114,6 +115,7 @@ def _listener(listener: Listener, over_detail: int) -> dict[str, Any]:
         "max_responses": listener.max_responses,
         "max_sessions": listener.max_sessions,
         "over_detail": over_detail,
+        "ban_detail": ban_detail,
         "on_exit": listener.on_exit,
     }
 

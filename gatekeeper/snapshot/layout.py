@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 
-MAGIC = b"GKSNAP01"
+MAGIC = b"GKSNAP02"
 SECTIONS = ("v4", "v4_index", "v6_high", "v6_low", "v6_class", "v6_index", "matrix", "meta")
 HEADER = struct.Struct("<8s" + "QQ" * len(SECTIONS))
 

@@ -7,6 +7,7 @@
  rules       [{"name", "action", "file", "line"}]
  listeners   [{"name", "protocol", "connect_timeout_s", "idle_timeout_s", "half_close_timeout_s",
                "max_responses", "max_sessions", "over_detail": detail index of a refusal by max_sessions,
+               "ban_detail": detail index of a refusal by a ban,
                "on_exit": null, or where the kernel guards what others listen at: closed or open}]
  endpoints   [{"listener": index, "key", "protocol", "family", "host", "port", "address", "row": matrix row,
                "backend": {"family", "host", "port", "text"}}]     one for each socket, file order

@@ -172,9 +172,9 @@ def _check_meta(snapshot: Snapshot) -> None:
         _require(_LABELS[details[number][2]] == action, "a verdict contradicts its detail")
     for index, listener in enumerate(listeners):
         _check_listener(listener)
-        over = listener["over_detail"]
-        _require(_is_count(over, len(details)), "over_detail")
-        _require(details[over] == [index, None, Action.DENY.label, str(Reason.MAX_SESSIONS)], "over_detail")
+        for key, reason in (("over_detail", Reason.MAX_SESSIONS), ("ban_detail", Reason.BAN)):
+            _require(_is_count(listener[key], len(details)), key)
+            _require(details[listener[key]] == [index, None, Action.DENY.label, str(reason)], key)
     for endpoint in endpoints:
         _require(_is_count(endpoint["listener"], len(listeners)), "an endpoint's listener")
         _require(_is_count(endpoint["row"], rows), "an endpoint's row")

@@ -45,7 +45,8 @@ def make_meta(
         "listeners": [
             {
                 "name": name, "protocol": "tcp", "connect_timeout_s": 5.0, "idle_timeout_s": 60.0,
-                "half_close_timeout_s": 30.0, "max_responses": None, "max_sessions": None, "over_detail": 0, "on_exit": None,
+                "half_close_timeout_s": 30.0, "max_responses": None, "max_sessions": None, "over_detail": 0, "ban_detail": 0,
+                "on_exit": None,
             }
             for name in listeners
         ],

@@ -166,7 +166,7 @@ def test_endpoints_judged_alike_share_a_row() -> None:
 
 
 def test_details_are_those_that_occur() -> None:
-    """There is one detail for each verdict that can be given, and one for each listener's limit of sessions."""
+    """There is one detail for each verdict that can be given, and for each listener one of its limit of sessions and one of bans."""
     gate, other = listener("gate", "0.0.0.0"), listener("other", "0.0.0.0", port=23)
     policy = Policy(
         (gate, other),
@@ -180,9 +180,11 @@ def test_details_are_those_that_occur() -> None:
     table = compile_policy(policy)
     verdicts = {(0, 0, Action.ALLOW, Reason.RULE), (0, None, Action.DENY, Reason.DEFAULT), (1, None, Action.DENY, Reason.DEFAULT)}
     limits = [(index, None, Action.DENY, Reason.MAX_SESSIONS) for index in (0, 1)]
+    bans = [(index, None, Action.DENY, Reason.BAN) for index in (0, 1)]
     assert {table.details[word >> DETAIL_SHIFT] for word in table.matrix} == verdicts
     assert [table.details[index] for index in table.over] == limits
-    assert set(table.details) == verdicts | set(limits)
+    assert [table.details[index] for index in table.ban] == bans
+    assert set(table.details) == verdicts | set(limits) | set(bans)
 
 
 def test_local_peers_are_matched_by_rules_for_anyone_alone() -> None:

@@ -84,6 +84,7 @@ def test_the_meta_section_is_what_its_page_says() -> None:
     assert meta["counts"] == {"rules": 2, "sets_ranges": 4, "v4_ranges": 3, "v6_ranges": 3, "classes": 3, "rows": 3}
     ssh = meta["listeners"][0]
     assert meta["details"][ssh.pop("over_detail")] == [0, None, "deny", "max_sessions"]
+    assert meta["details"][ssh.pop("ban_detail")] == [0, None, "deny", "ban"]
     assert ssh == {
         "name": "ssh", "protocol": "tcp", "connect_timeout_s": 5.0, "idle_timeout_s": 86400.0,
         "half_close_timeout_s": 30.0, "max_responses": None, "max_sessions": 100, "on_exit": None,

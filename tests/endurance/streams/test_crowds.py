@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import socket
 import threading
@@ -29,9 +30,9 @@ def open_policy(port: int, backend: str, more: str = "") -> str:
     return f"listeners:\n  - {{name: door, listen: '127.0.0.1:{port}', backend: '{backend}'{more}}}\ndefault: allow\n"
 
 
-def plans(count: int, most: int) -> list[tuple[Plan, Plan]]:
+def plans(count: int, most: int, seed: int) -> list[tuple[Plan, Plan]]:
     """Return (client's plan, backend's plan) for each session: sizes from a name's to ``most``, small ones as likely."""
-    chance = random.Random(count)
+    chance = random.Random(seed)
 
     def size() -> int:
         if chance.random() < 0.05:
@@ -59,11 +60,15 @@ def plans(count: int, most: int) -> list[tuple[Plan, Plan]]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_a_crowd_gets_every_byte(run_gate: Callable[..., Gate], folder: Path, long: bool, kind: str) -> None:
-    """Both ways at once, from one byte to megabytes, a third with 4 KiB receive buffers: all whole, memory bounded."""
+    """Both ways at once, from one byte to megabytes, a third with 4 KiB receive buffers: all whole, memory bounded.
+
+    `GATEKEEPER_SEED` repeats a run, or makes another of it.
+    """
     count, most = (2000, 4 * MIB) if long else (100, MIB // 8)
-    planned = plans(count, most)
+    seed = int(os.environ.get("GATEKEEPER_SEED") or count)
+    planned = plans(count, most, seed)
     port = free_port()
-    with Stage() as stage:
+    with Stage(seed) as stage:
         behind = stage.listen(lambda number: planned[number][1], folder / "backend.sock" if kind == "unix" else None)
         gate = run_gate(open_policy(port, behind.address))
         (worker,) = gate.worker_pids()
