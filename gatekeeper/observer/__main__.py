@@ -67,6 +67,7 @@ async def _run(channel: Channel, start: dict[str, Any], fds: list[int]) -> None:
     sources.append(Events([socket.socket(fileno=fd) for fd in fds], renderer, sink))
     control = Control(channel, service, renderers, sink)
     control.before_event = lambda: _read_all(sources)
+    control.more_events = lambda fd: sources[-1].add(socket.socket(fileno=fd), loop)
     control.watch(loop)
     for each in renderers:
         each.catch_up = control.catch_up

@@ -37,6 +37,12 @@ class Events:
             sock.setblocking(False)
             loop.add_reader(sock.fileno(), self._ready, loop, sock)
 
+    def add(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        """Read one more, until it ends."""
+        self._sockets.append(sock)
+        sock.setblocking(False)
+        loop.add_reader(sock.fileno(), self._ready, loop, sock)
+
     def read_all(self) -> None:
         """Read what has arrived so far; bounded, because a worker may go on writing."""
         if self._rendering:
@@ -51,6 +57,8 @@ class Events:
             if not self._read(sock):
                 if _hung_up(sock):
                     loop.remove_reader(sock.fileno())
+                    self._sockets.remove(sock)
+                    sock.close()
                 return
 
     def _read(self, sock: socket.socket) -> bool:
@@ -85,6 +93,7 @@ class Control:
         self.ended = asyncio.Event()
         self.told = asyncio.Event()
         self.before_event: Callable[[], None] = lambda: None
+        self.more_events: Callable[[int], None] = os.close  # takes over a descriptor
         self._channel = channel
         self._service = service
         self._renderers = renderers
@@ -128,6 +137,11 @@ class Control:
                 self._service.map_counters(message["worker"], fds[0])
             case "kernel":
                 self._service.map_kernel(fds[0])
+            case "leaving":  # a worker of before an upgrade
+                self._service.map_counters(message["worker"], fds[0])
+                self.more_events(fds.pop(1))
+            case "retired":
+                self._service.map_retired(message["workers"], fds[0])
             case "policy":
                 self._service.adopt(message["generation"], fds[0], fds[1])
                 for renderer in self._renderers:

@@ -77,6 +77,20 @@ def accept(snapshot_fd: int, generation: int, before: Bindings) -> Accepted:
     return Accepted(generation, meta, bindings, bindings.to_json(), snapshot_fd, {})
 
 
+def revive(snapshot_fd: int, generation: int, bindings: Bindings) -> Accepted:
+    """Return a policy that another program in our place had accepted, with its very numbers of counters.
+
+    ``opened`` is empty. ``snapshot_fd`` is the caller's when this fails.
+
+    Raises:
+        SnapshotError: this version cannot read it.
+    """
+    meta = _read(snapshot_fd)
+    if len(bindings.details) != len(meta["details"]) or len(bindings.rows) != len(meta["endpoints"]):
+        raise SnapshotError("its names are not bound to counters")
+    return Accepted(generation, meta, bindings, bindings.to_json(), snapshot_fd, {})
+
+
 def endpoints(meta: dict[str, Any]) -> list[Endpoint]:
     """Return the endpoints of a snapshot that we listen at, in file order: all but those that are guarded."""
     relayed = [listener["on_exit"] is None for listener in meta["listeners"]]
@@ -92,6 +106,6 @@ def _read(fd: int) -> dict[str, Any]:
     if not os.fstat(fd).st_size:
         raise SnapshotError("it is empty")
     # Not closed by hand: the snapshot's views go first, the mapping with the last of them.
-    snapshot = Snapshot(memoryview(mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)))
+    snapshot = Snapshot(memoryview(mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)))
     snapshot.validate()
     return snapshot.meta

@@ -143,7 +143,8 @@ class State:
     lock: Fd | None
     control: ControlSocket | None
     kernel: Kernel | None
-    retired: Fd | None  # counters of workers that are gone
+    retired: Fd | None  # counters of workers that are gone and have no successor
+    bygone: tuple[Fd, ...]  # of workers that are gone and whose successor has not come
     workers: tuple[OldWorker, ...]
     observer: OldObserver | None
     past: Past
@@ -229,6 +230,15 @@ _SOCKETS, _MEMORY = "socket", "memfd"
 
 def _check(state: State) -> None:
     """See that every descriptor is there once, and is what it is said to be."""
+    _check_descriptors(state)
+    for worker in state.workers:
+        if len(worker.events) != 2:
+            raise HandoverError(f"worker process {worker.pid} has no events socket")
+    if state.shards < 1 or any(len(item.sockets) not in {1, state.shards} for item in state.opened):
+        raise HandoverError("the number of sockets does not fit the number of workers")
+
+
+def _check_descriptors(state: State) -> None:
     fds = state.descriptors()
     if len(set(fds)) != len(fds):
         raise HandoverError("a descriptor is handed over twice")
@@ -237,14 +247,10 @@ def _check(state: State) -> None:
             os.set_inheritable(fd, False)
         except OSError as err:
             raise HandoverError(f"descriptor {fd} did not arrive: {err.strerror}") from err
-    sockets = [fd for item in state.opened for fd in item.sockets] + [item.socket for item in state.spare]
-    sockets += [fd for worker in state.workers for fd in (worker.channel, *worker.events)]
-    sockets += [] if state.observer is None else [state.observer.channel]
-    sockets += [] if state.control is None else [state.control.socket]
-    sockets += [] if state.http is None else [state.http]
-    memory = [state.snapshot, *(worker.counters for worker in state.workers)]
-    memory += [] if state.kernel is None else [state.kernel.counters]
-    memory += [] if state.retired is None else [state.retired]
+    workers = state.workers
+    sockets = [*_fds_in(state.opened), *_fds_in(state.spare), *_fds_in((state.http, state.observer, state.control))]
+    sockets += [fd for worker in workers for fd in (worker.channel, *worker.events)]
+    memory = [state.snapshot, *state.bygone, *_fds_in((state.retired, *(worker.counters for worker in workers)))]
     for fd in sockets:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise HandoverError(f"descriptor {fd} is not a socket")
@@ -253,11 +259,6 @@ def _check(state: State) -> None:
             fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError as err:
             raise HandoverError(f"descriptor {fd} is not memory that can be sealed") from err
-    for worker in state.workers:
-        if len(worker.events) != 2:
-            raise HandoverError(f"worker process {worker.pid} has no events socket")
-    if not 1 <= state.shards or any(len(item.sockets) not in {1, state.shards} for item in state.opened):
-        raise HandoverError("the number of sockets does not fit the number of workers")
 
 
 def _fds_in(value: Any) -> Iterator[Fd]:

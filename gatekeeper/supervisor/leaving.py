@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gatekeeper.snapshot.bindings import Bindings
-    from gatekeeper.supervisor.handover import OldWorker
+    from gatekeeper.supervisor.handover import OldWorker, State
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.loop import Loop
 
@@ -48,12 +48,15 @@ class Leaving:
         self._deadlines: dict[int, float | None] = {}  # by row
         self._next_word = 0.0
 
-    def adopt(
-        self, old: Iterable[OldWorker], retired_fd: int | None, on_message: Callable[[Worker, dict[str, Any]], None]
-    ) -> None:
+    def adopt(self, left: State, bindings: Bindings, on_message: Callable[[Worker, dict[str, Any]], None]) -> None:
         """Take over the processes of before the upgrade. One that never served has nothing to finish and is ended."""
-        self.retired_fd = retired_fd
-        for item in old:
+        self.retired_fd = left.retired
+        self.cut = left.past.cut
+        if left.bygone:
+            self._retire(left.bygone, bindings)
+            for fd in left.bygone:
+                os.close(fd)
+        for item in left.workers:
             worker = Worker.adopt(self._next_row, self._loop, item, on_message)
             self._next_row += 1
             self.workers.append(worker)
@@ -94,7 +97,7 @@ class Leaving:
                 if status != 0 and self._deadlines[worker.index] is not None:
                     self._log.warning(f"an old worker (pid {_pid(worker)}) {children.how_it_ended(status)} instead of draining")
         if gone:
-            self.retire(gone, bindings)
+            self._retire((worker.counters_fd for worker in gone if worker.counters_fd is not None), bindings)
             self.workers = [worker for worker in self.workers if worker not in gone]
             self.changed([worker.index for worker in gone])
             for worker in gone:
@@ -103,15 +106,14 @@ class Leaving:
                 ended = f"; {self.cut} of their sessions had not ended by themselves" if self.cut else ""
                 self._log.info(f"all workers of before the upgrade have left{ended}")
 
-    def retire(self, workers: Iterable[Worker], bindings: Bindings) -> None:
-        """Add what these have counted to the block of the retired, which is a new one then: nobody sees half of it."""
+    def _retire(self, counters: Iterable[int], bindings: Bindings) -> None:
+        """Add what was counted there to the block of the retired, which is a new one then: nobody sees half of it."""
         slots = [0] * bindings.next_slot
         old = self.retired_fd
         if old is not None:
             slots = list(map(add, slots, _slots(os.pread(old, bindings.next_slot * _SLOT_BYTES, 0))))
-        for worker in workers:
-            if worker.counters_fd is not None:
-                slots = list(map(add, slots, _slots(inheritance(worker.counters_fd, bindings))))
+        for fd in counters:
+            slots = list(map(add, slots, _slots(inheritance(fd, bindings))))
         fd = memfd.create("gatekeeper-counters-retired", CAPACITY_BYTES)
         os.pwrite(fd, b"".join(value.to_bytes(_SLOT_BYTES, "little") for value in slots), 0)
         memfd.seal_against_new_writers(fd)

@@ -85,7 +85,7 @@ class Reloader:
         self._crew = crew
         self._standing = standing
         self._notifier = notifier
-        self._settings: dict[str, Any] = installer.policy.meta["settings"]  # with which the service was started
+        self.settings: dict[str, Any] = installer.policy.meta["settings"]  # with which the service was started
         self._wanted = False
 
     @property
@@ -146,5 +146,5 @@ class Reloader:
 
     def _warn_of_settings(self, settings: dict[str, Any]) -> None:
         for name in NEEDS_RESTART:
-            if settings.get(name) != self._settings.get(name):
+            if settings.get(name) != self.settings.get(name):
                 self._log.warning(f"`{name}` has changed in the file; that takes a restart")

@@ -13,23 +13,29 @@ import contextlib
 import os
 import resource
 import signal
+import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gatekeeper import __version__
 from gatekeeper.errors import GatekeeperError, KernelError, ListenError
 from gatekeeper.kernel import inherit, privileges, steering
 from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
-from gatekeeper.supervisor import listening, places
+from gatekeeper.supervisor import handover, listening, places, rehearsing, succession, upgrading
 from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.enforcing import Enforcer, leftover
+from gatekeeper.supervisor.handover import HandoverError
 from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.reloading import Compiler, Reloader
 from gatekeeper.supervisor.standing import Standing
+from gatekeeper.supervisor.upgrading import Upgrader
 
 if TYPE_CHECKING:
+    import socket
+
     from gatekeeper.supervisor.compiling import Compiled
     from gatekeeper.supervisor.log import Log
 
@@ -47,6 +53,7 @@ class Options:
     drain_timeout_s: float = 300.0
     stuck_after_s: float = STUCK_AFTER_S
     commands: Commands = field(default_factory=Commands)
+    program: list[str] = field(default_factory=upgrading.program_as_started)
 
 
 class Supervisor:
@@ -66,18 +73,32 @@ class Supervisor:
         self._crew: Crew | None = None
         self._installer: Installer | None = None
         self._reloader: Reloader | None = None
+        self._upgrader: Upgrader | None = None
         self._hung_up = False  # a reload was asked for before there was anything to reload
         self._cutting = False  # the stop waits for no session any more
+        self._left_by = ""  # the version of before an upgrade
+        self._drain_old_s = 0.0  # and how long its workers may take to leave
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
         _raise_descriptor_limit()
         privileges.harden()
+        try:
+            left = handover.incoming(os.environ)
+        except HandoverError as err:
+            self._log.error(str(err))
+            return CANNOT
+        if left is not None and left.report is not None:
+            return rehearsing.prove(left, self._options.commands, self._log)
         with self._loop:
+            upgrading.let_signals_in()
             try:
                 if self._notifier.watchdog_interval_s is not None:
                     self._pet_watchdog()
-                self._compiler.start(self._compiled)
+                if left is None:
+                    self._compiler.start(self._compiled)
+                else:
+                    self._take_over(left.state)
                 return self._loop.run()
             finally:
                 self._close()
@@ -112,18 +133,52 @@ class Supervisor:
             names = ", ".join(unused.describe() for unused in self._inherited)
             raise ListenError(f"no listener in {self._options.path} wants the inherited {names}")
         self._enforcer = self._enforce(settings["kernel"], policy)
+        self._serve(policy, opener, http, settings)
+
+    def _take_over(self, state_fd: int) -> None:
+        """Go on where another program in our place, of this version or another, has left off."""
+        try:
+            left = handover.read(state_fd)
+            os.close(state_fd)
+            self._policy = policy = succession.policy_of(left)
+            self._lock = left.lock
+            self._standing = Standing.after(left.past)
+            self._serve(policy, succession.opener_of(left), succession.http_of(left), left.settings, left)
+        except (GatekeeperError, OSError) as err:
+            self._cannot_start(f"cannot take over: {err}")
+
+    def _serve(
+        self,
+        policy: Accepted,
+        opener: listening.Opener,
+        http: socket.socket | None,
+        settings: dict[str, Any],
+        left: handover.State | None = None,
+    ) -> None:
+        """Start everybody. ``left``: what an upgrade has left to us."""
         identity = privileges.who_to_become()
         crew = Crew(
-            self._loop, self._log, self._options.commands, identity, size, self._options.stuck_after_s,
+            self._loop, self._log, self._options.commands, identity, opener.shards, self._options.stuck_after_s,
             lambda: self._standing.state(self._crew) | {"kernel": self._enforcer is not None},
         )  # fmt: skip
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
         self._installer = Installer(self._loop, policy, opener, crew, self._enforcer)
         self._reloader = Reloader(self._log, self._compiler, self._installer, crew, self._standing, self._notifier)
+        self._reloader.settings = settings
+        self._upgrader = Upgrader(
+            self._loop, self._log, self._options.program,
+            lambda drain_timeout_s: succession.capture(
+                crew, opener, self._standing, settings, self._enforcer, None, self._lock, drain_timeout_s
+            ),
+            self._restless, crew.settle, self._not_upgraded,
+        )  # fmt: skip
         if self._hung_up:
             self._reloader.request()
-        crew.start(policy, settings["audit"], http, self._enforcer)
+        crew.start(policy, settings["audit"], http, self._enforcer, left)
+        if left is not None:
+            self._left_by = left.writer
+            self._drain_old_s = left.drain_timeout_s
         if identity is not None and identity.name != privileges.ACCOUNTS[0]:
             self._log.info(f"workers run as {identity.name}; an account called {privileges.ACCOUNTS[0]} would be better")
 
@@ -154,10 +209,13 @@ class Supervisor:
 
     def _all_serve(self) -> None:
         self._standing.serving = True
+        if self._crew is not None and self._standing.taking_over:
+            self._upgraded(self._crew)
         self._log.info(self._summary())
         self._notifier.ready(self._summary())
         if self._crew is not None:
-            self._crew.event("start", pid=os.getpid(), policy=self._digest())
+            if not self._standing.upgrades:
+                self._crew.event("start", pid=os.getpid(), policy=self._digest())
             self._crew.tell_state()
         if self._reloader is not None:
             self._reloader.go_on()
@@ -166,11 +224,38 @@ class Supervisor:
         self._log.error(why)
         self._loop.stop(CANNOT)
 
+    # -- upgrade
+
+    def _restless(self) -> str | None:
+        if self._reloader is not None and self._reloader.busy:
+            return "a reload is under way"
+        return self._crew.restless() if self._crew is not None else "it has not started"
+
+    def _upgraded(self, crew: Crew) -> None:
+        """Let the workers of before go: the new ones serve."""
+        self._standing.taking_over = False
+        crew.leaving.drain(self._drain_old_s)
+        self._log.info(f"upgraded from {self._left_by} to {__version__}")
+        if crew.leaving.workers and crew.policy is not None:
+            self._log.info(crew.leaving.summary(time.monotonic(), crew.policy.bindings))
+        crew.event("upgrade", success=True, error=None, version=__version__, before=self._left_by, policy=self._digest())
+
+    def _not_upgraded(self, why: str) -> None:
+        """Tell everybody that an upgrade has failed."""
+        self._log.error(f"{why}\nupgrade failed: nothing has changed")
+        self._standing.upgrades_failed += 1
+        self._standing.upgrade_error = why[:4000]
+        if self._crew is not None:
+            self._crew.event("upgrade", success=False, error=why, version=None, before=__version__, policy=self._digest())
+            self._crew.tell_state()
+
     # -- signals
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
             self._compiler.poll()
+            if self._upgrader is not None:
+                self._upgrader.poll()
             if self._crew is not None:
                 self._crew.reap()
         elif number == signal.SIGHUP:
@@ -191,6 +276,8 @@ class Supervisor:
             self._stop_now()
             return
         self._reloader.stop()
+        if self._upgrader is not None:
+            self._upgrader.cancel()
         deadline_s = self._options.drain_timeout_s
         self._log.info(f"stopping: sessions have {deadline_s:g} s to end; another signal ends them now")
         self._notifier.stopping("draining")
@@ -215,7 +302,7 @@ class Supervisor:
         self._crew.drain(0.0)  # not killed: what they end themselves is counted and in the audit log
 
     def _all_gone(self) -> None:
-        cut = self._crew.cut if self._crew is not None else 0
+        cut = self._crew.cut + self._crew.leaving.cut if self._crew is not None else 0
         sessions = "1 session" if cut == 1 else f"{cut} sessions"
         self._log.info("stopped" if not cut else f"stopped; {sessions} had not ended by themselves")
         self._loop.stop(FINE)

@@ -1,0 +1,263 @@
+"""Upgrade: the new code proves, as a child, that it could take over; then it takes our place, and nobody is let go.
+
+    request ──► state written ──► new code in a child: proved ──► nothing under way ──► state written again ──► execve
+                                          │                              │                                       │
+                                          └─ it fails, hangs or dies ────┴─ it does not come to rest ────────────┴─ refused
+                                                              said and counted, nothing has changed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from gatekeeper.kernel import privileges
+from gatekeeper.supervisor import child, handover
+from gatekeeper.supervisor.log import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gatekeeper.supervisor.handover import State
+    from gatekeeper.supervisor.log import Log
+    from gatekeeper.supervisor.loop import Loop, Timer
+
+PROOF_PATIENCE_S = 60.0
+REST_PATIENCE_S = 30.0
+LOOK_EVERY_S = 0.05
+KEPT_BYTES = 1 << 16  # of what the new code prints
+LINES_TOLD = 5
+MANAGERS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # not for somebody who only tries
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+
+def program_as_started() -> list[str]:
+    """Return the command line of this process, with the interpreter's full path."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+class Proof:
+    """The new code in a child. ``done`` is called once, with what is wrong or ``None``, and its version."""
+
+    def __init__(
+        self, loop: Loop, program: Sequence[str], state: State, done: Callable[[str | None, str], None],
+        patience_s: float = PROOF_PATIENCE_S,
+    ) -> None:  # fmt: skip
+        """Start it with copies of all that is handed over.
+
+        Raises:
+            OSError: it cannot be executed, or there are no descriptors.
+        """
+        self._loop = loop
+        self._done = done
+        self._patience_s = patience_s
+        self._late = False
+        self._said = {"report": b"", "output": b""}
+        with contextlib.ExitStack() as ends:
+            state_fd = handover.write(state)
+            ends.callback(os.close, state_fd)
+            report, report_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            ends.callback(os.close, report_end)
+            output, output_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            ends.callback(os.close, output_end)
+            self._pipes = {"report": report, "output": output}
+            os.set_blocking(report_end, True)
+            os.set_blocking(output_end, True)
+            environment = {name: value for name, value in os.environ.items() if name not in MANAGERS}
+            environment[handover.VARIABLE] = f"prove:{state_fd}:{report_end}"
+            try:
+                self._process = subprocess.Popen(
+                    list(program), env=environment, pass_fds=(state_fd, report_end, *state.descriptors()),
+                    stdin=subprocess.DEVNULL, stdout=output_end, stderr=output_end, start_new_session=True,
+                )  # fmt: skip
+            except OSError:
+                os.close(report)
+                os.close(output)
+                raise
+        for name, fd in self._pipes.items():
+            loop.watch(fd, lambda name=name: self._read(name))  # type: ignore[misc]
+        self._timer = loop.later(patience_s, self._too_late)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def poll(self) -> bool:
+        """See whether it has ended; ``done`` is called then. Called on SIGCHLD."""
+        status = self._process.poll()
+        if status is None:
+            return False
+        self._timer.cancel()
+        for name, fd in self._pipes.items():
+            self._read(name)
+            self._loop.unwatch(fd)
+            os.close(fd)
+        self._done(*self._result(status))
+        return True
+
+    def cancel(self) -> None:
+        """End it; ``done`` is not called any more."""
+        self._done = lambda _why, _version: None
+        self._process.kill()
+
+    def _read(self, name: str) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while block := os.read(self._pipes[name], KEPT_BYTES):
+                self._said[name] = (self._said[name] + block)[-KEPT_BYTES:]
+            self._loop.unwatch(self._pipes[name])
+
+    def _too_late(self) -> None:
+        self._late = True
+        self._process.kill()
+
+    def _result(self, status: int) -> tuple[str | None, str]:
+        if self._late:
+            return self._told(f"it did not come to a result within {self._patience_s:g} s"), ""
+        try:
+            report = json.loads(self._said["report"])
+            proved, error, version = report["proved"] is True, str(report["error"]), str(report["version"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return self._told(f"it {child.how_it_ended(status)} without a result"), ""
+        if not proved or status != 0:
+            return printable(error, 2000), version
+        return None, version
+
+    def _told(self, why: str) -> str:
+        """Return ``why`` with the end of what it printed."""
+        lines = self._said["output"].decode(errors="replace").split("\n")
+        last = [printable(line) for line in lines if line.strip()][-LINES_TOLD:]
+        return "\n".join([why + (":" if last else ""), *(f"  {line}" for line in last)])
+
+
+class Upgrader:
+    """Carries out one upgrade at a time.
+
+    ``capture`` returns the state to hand over, for a drain of so many seconds; ``restless`` says what is under way
+    that must end first, or ``None``; ``settle`` is called right before the end. ``ended`` is called with what went wrong, so that everybody is told.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        program: Sequence[str],
+        capture: Callable[[float], State],
+        restless: Callable[[], str | None],
+        settle: Callable[[], None],
+        ended: Callable[[str], None],
+    ) -> None:
+        self._loop = loop
+        self._log = log
+        self._program = list(program)
+        self._capture = capture
+        self._restless = restless
+        self._settle = settle
+        self._ended = ended
+        self._proof: Proof | None = None
+        self._waiting: Timer | None = None
+        self.drain_timeout_s = 0.0
+        self.progress: Callable[[str], None] = lambda _text: None
+        self.answer: Callable[[str | None, str], None] = lambda _why, _version: None
+
+    @property
+    def busy(self) -> bool:
+        """Whether an upgrade is under way."""
+        return self._proof is not None or self._waiting is not None
+
+    def begin(
+        self, drain_timeout_s: float, progress: Callable[[str], None], answer: Callable[[str | None, str], None]
+    ) -> None:
+        """Let the new code prove itself and take over. Not while one is `busy`.
+
+        ``answer`` is called once, with what is wrong, or with ``None`` and the version right before it takes over.
+        """
+        self.drain_timeout_s, self.progress, self.answer = drain_timeout_s, progress, answer
+        try:
+            self._proof = Proof(self._loop, self._program, self._capture(drain_timeout_s), self._proved)
+        except OSError as err:
+            self._fail(f"the new code cannot be started: {err}")
+            return
+        self._log.info(f"upgrade: the new code proves in a child (pid {self._proof.pid}) that it can take over")
+        progress(f"the new code proves in a child (pid {self._proof.pid}) that it can take over")
+
+    def poll(self) -> None:
+        """See whether the child has ended. Called on SIGCHLD."""
+        if self._proof is not None:
+            self._proof.poll()
+
+    def cancel(self) -> None:
+        """Let go of what is under way: the service stops."""
+        if self._proof is not None:
+            self._proof.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _proved(self, why: str | None, version: str) -> None:
+        self._proof = None
+        if why is not None:
+            self._fail(f"the new code cannot take over: {why}")
+            return
+        self.progress(f"gatekeeper {version} can take over")
+        self._wait_for_rest(version, REST_PATIENCE_S)
+
+    def _wait_for_rest(self, version: str, patience_s: float) -> None:
+        why = self._restless()
+        if why is None:
+            self._waiting = None
+            self._take_place(version)
+        elif patience_s <= 0:
+            self._waiting = None
+            self._fail(f"the service does not come to rest: {why}")
+        else:
+            again = patience_s - LOOK_EVERY_S
+            self._waiting = self._loop.later(LOOK_EVERY_S, lambda: self._wait_for_rest(version, again))
+
+    def _take_place(self, version: str) -> None:
+        self._log.info(f"upgrade: gatekeeper {version} takes over")
+        try:
+            self._settle()
+            state = self._capture(self.drain_timeout_s)
+            self.answer(None, version)
+            execute(self._program, state)
+        except OSError as err:
+            self._fail(f"the new code cannot be executed: {err}")
+
+    def _fail(self, why: str) -> None:
+        answer, self.answer = self.answer, lambda _why, _version: None
+        self._ended(why)
+        answer(why, "")
+
+
+def execute(program: Sequence[str], state: State) -> None:
+    """Execute ``program`` in our place, with ``state``. Returns only by an exception, and then nothing has changed.
+
+    Signals that come meanwhile wait for the new program's handlers; see `let_signals_in`.
+
+    Raises:
+        OSError: it could not be executed.
+    """
+    state_fd = handover.write(state)
+    kept = [state_fd, *state.descriptors()]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        for fd in kept:
+            os.set_inheritable(fd, True)
+        privileges.keep_across_exec()
+        os.execve(program[0], list(program), {**os.environ, handover.VARIABLE: str(state_fd)})  # noqa: S606 - our own program
+    finally:
+        for fd in kept:
+            os.set_inheritable(fd, False)
+        os.close(state_fd)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_signals_in() -> None:
+    """Take delivery of the signals that came while one program took another's place."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
