@@ -133,15 +133,8 @@ class Control:
     def _act(self, message: dict[str, Any], fds: list[int]) -> None:
         """Act on one message; descriptors that are left in ``fds`` are closed by the caller."""
         match message.get("op"):
-            case "counters":
-                self._service.map_counters(message["worker"], fds[0])
-            case "kernel":
-                self._service.map_kernel(fds[0])
-            case "leaving":  # a worker of before an upgrade
-                self._service.map_counters(message["worker"], fds[0])
-                self.more_events(fds.pop(1))
-            case "retired":
-                self._service.map_retired(message["workers"], fds[0])
+            case "counters" | "leaving" | "retired" | "kernel" as op:
+                self._map(op, message, fds)
             case "policy":
                 self._service.adopt(message["generation"], fds[0], fds[1])
                 for renderer in self._renderers:
@@ -159,6 +152,18 @@ class Control:
                     del fds[0]
             case other:
                 say(f"unknown message of the supervisor: {other!r}")
+
+
+    def _map(self, op: str, message: dict[str, Any], fds: list[int]) -> None:
+        """Read counters from another place from now on."""
+        if op == "kernel":
+            self._service.map_kernel(fds[0])
+        elif op == "retired":
+            self._service.map_retired(message["workers"], fds[0])
+        else:
+            self._service.map_counters(message["worker"], fds[0])
+            if op == "leaving":  # a worker of before an upgrade: what it reports is still to be read, too
+                self.more_events(fds.pop(1))
 
 
 def open_sink(kind: str, fds: list[int]) -> Sink | None:

@@ -111,9 +111,28 @@ class Child:
     """A process with a control channel. Messages that it does not take at once wait here; we never do."""
 
     def __init__(
-        self, loop: Loop, command: Sequence[str], on_message: Callable[[dict[str, Any]], None]
+        self,
+        loop: Loop,
+        process: subprocess.Popen[bytes] | Adopted,
+        channel: socket.socket,
+        started: float,
+        on_message: Callable[[dict[str, Any]], None],
     ) -> None:
-        """Start it; ``--channel FD`` is added to ``command``.
+        """See `start` and `adopt`."""
+        self._loop = loop
+        self._on_message = on_message
+        self._waiting: deque[tuple[dict[str, Any], list[int]]] = deque()
+        self._retry = False
+        self._process = process
+        self.started = started
+        channel.setblocking(False)
+        self._channel: Channel | None = Channel(channel)
+        self._fd = channel.fileno()
+        loop.watch(self._fd, self._on_event)
+
+    @classmethod
+    def start(cls, loop: Loop, command: Sequence[str], on_message: Callable[[dict[str, Any]], None]) -> Self:
+        """Start one; ``--channel FD`` is added to ``command``.
 
         Raises:
             OSError: it could not be executed.
@@ -125,35 +144,14 @@ class Child:
             except OSError:
                 ours.close()
                 raise
-        self._begin(loop, process, ours, time.monotonic(), on_message)
+        return cls(loop, process, ours, time.monotonic(), on_message)
 
     @classmethod
     def adopt(
         cls, loop: Loop, pid: int, channel_fd: int, started: float, on_message: Callable[[dict[str, Any]], None]
     ) -> Self:
-        """Return a process that was started before this program was executed. Takes over ``channel_fd``."""
-        child = cls.__new__(cls)
-        child._begin(loop, Adopted(pid), socket.socket(fileno=channel_fd), started, on_message)
-        return child
-
-    def _begin(
-        self,
-        loop: Loop,
-        process: subprocess.Popen[bytes] | Adopted,
-        channel: socket.socket,
-        started: float,
-        on_message: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self._loop = loop
-        self._on_message = on_message
-        self._waiting: deque[tuple[dict[str, Any], list[int]]] = deque()
-        self._retry = False
-        self._process = process
-        self.started = started
-        channel.setblocking(False)
-        self._channel: Channel | None = Channel(channel)
-        self._fd = channel.fileno()
-        loop.watch(self._fd, self._on_event)
+        """Return one that was started before this program was executed. Takes over ``channel_fd``."""
+        return cls(loop, Adopted(pid), socket.socket(fileno=channel_fd), started, on_message)
 
     @property
     def pid(self) -> int:

@@ -106,7 +106,7 @@ class Observer:
         Raises:
             OSError: it could not be executed.
         """
-        self.child = Child(self._loop, self._command, self._heard)
+        self.child = Child.start(self._loop, self._command, self._heard)
         fds = [] if self._audit_fd is None else [self._audit_fd]
         if self._http is not None:
             fds.append(self._http.fileno())

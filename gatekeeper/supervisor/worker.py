@@ -158,7 +158,7 @@ class Worker:
         self._given = {}
         self.covers = set()
         self.offered = 0
-        self.child = Child(self._loop, self._command, lambda message: on_message(self, message))
+        self.child = Child.start(self._loop, self._command, lambda message: on_message(self, message))
         self.state = State.STARTING
         identity = self._identity
         self.child.send(
