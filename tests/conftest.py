@@ -22,8 +22,12 @@ PROMISED = "GATEKEEPER_PROMISED"
 
 
 def pytest_configure() -> None:
-    """Let nothing that tests write be writable for others, whatever the umask: gatekeeper would refuse it."""
+    """Let nothing that tests write be writable for others, whatever the umask: gatekeeper would refuse it.
+
+    And keep the gates of tests apart from one that serves this host.
+    """
     os.umask(0o022)
+    os.environ["GATEKEEPER_CONTROL"] = "off"  # the place by default is the host's; a test names one of its own
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

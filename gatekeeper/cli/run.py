@@ -38,7 +38,11 @@ def parse_duration(_ctx: click.Context, _param: click.Parameter, text: str) -> f
     "--drain-timeout", callback=parse_duration, metavar="DURATION", default="300s", show_default=True,
     help="How long sessions may go on after SIGTERM.",
 )  # fmt: skip
-def command(file: str, workers: int | None, drain_timeout: float) -> int:
+@click.option(
+    "--control", envvar="GATEKEEPER_CONTROL", metavar="PATH",
+    help="Where commands reach the daemon, or off; overrides `control` in the file. Also GATEKEEPER_CONTROL.",
+)  # fmt: skip
+def command(file: str, workers: int | None, drain_timeout: float, control: str | None) -> int:
     """Serve the rules in FILE in the foreground until SIGTERM or SIGINT.
 
     SIGHUP reads the file again: if it is good, every worker changes over and no session ends; if not, the old policy
@@ -49,4 +53,4 @@ def command(file: str, workers: int | None, drain_timeout: float) -> int:
     from gatekeeper.supervisor.log import Log  # noqa: PLC0415 - for this command alone
     from gatekeeper.supervisor.supervisor import Options, Supervisor  # noqa: PLC0415
 
-    return Supervisor(Options(file, workers, drain_timeout), Log()).run()
+    return Supervisor(Options(file, workers, drain_timeout, control or None), Log()).run()

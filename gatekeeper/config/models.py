@@ -32,6 +32,7 @@ from gatekeeper.policy.model import Protocol
 PATHS = ("relay", "guard")
 ON_EXIT = ("closed", "open")
 KERNEL_MODES = ("auto", "off", "require")
+ON_RELOAD = ("revoke", "keep")
 
 
 class Strict(BaseModel):
@@ -173,7 +174,7 @@ MetricsItem = Annotated[
 class RuleFile(Strict):
     """A gatekeeper rule file: listeners, sets, rules, and what they must hold."""
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"limits", "bans", "decoys", "control", "on_reload"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"limits", "bans", "decoys", "control"})
     KIND: ClassVar[str] = "file"
 
     version: Annotated[int, BeforeValidator(fields.parse_version), WithJsonSchema({"const": 1})] = Field(
@@ -198,7 +199,12 @@ class RuleFile(Strict):
         description="who refuses: auto (the kernel, before there is a connection, or workers where it cannot), require (the kernel, or nothing starts; the default where a listener is guarded), or off (workers; the default elsewhere)",
     )
     state: Annotated[str | None, BeforeValidator(fields.as_path), WithJsonSchema({"type": "string"})] = Field(
-        default=None, description="a directory that one running gatekeeper owns: its lock is there"
+        default=None,
+        description="a directory that one running gatekeeper owns: its lock is there, and the last accepted policy, with which it starts when the rule file is broken",
+    )
+    on_reload: Annotated[str, choice(ON_RELOAD), WithJsonSchema({"enum": list(ON_RELOAD)})] = Field(
+        default="revoke",
+        description="what a reload does to open sessions that the new rules refuse: revoke (end them, the default) or keep (let them go on)",
     )
 
 

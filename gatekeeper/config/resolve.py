@@ -156,5 +156,6 @@ def _settings(file: RuleFile, path: str) -> Settings:
         metrics=metrics,
         audit=absolute(file.audit, path) if "/" in file.audit else file.audit,
         state=absolute(file.state, path) if file.state else None,
+        on_reload=file.on_reload,
         kernel=file.kernel or ("require" if any(one.path == "guard" for one in file.listeners) else "off"),
     )

@@ -21,7 +21,6 @@ from gatekeeper.errors import ChannelClosed
 from gatekeeper.kernel import privileges
 from gatekeeper.kernel.channel import Channel
 from gatekeeper.observer.audit import Renderer
-from gatekeeper.observer.collector import make_registry
 from gatekeeper.observer.feed import Control, Events, open_sink
 from gatekeeper.observer.say import say, take_over_logging
 from gatekeeper.observer.sink import Sink
@@ -93,7 +92,7 @@ async def _serve_until_ended(
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(control.told.wait(), 5.0)
     if listening is not None:
-        app = make_app(service, make_registry(service, lost), lost)
+        app = make_app(service, lost)
         server = asyncio.get_running_loop().create_task(serve(make_server(app), listening))
         server.add_done_callback(lambda _task: control.ended.set())
         await control.ended.wait()

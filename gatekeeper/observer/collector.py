@@ -1,84 +1,25 @@
-"""What Prometheus reads: the workers' shared counters as metric families, made anew at every scrape.
+"""What Prometheus reads, as metric families: the shared counters (see `counted`), and what else is known of the service.
 
 Names and labels are public interface. Labels are names from rule files and words from closed lists, never a peer's
-address, so the size of a scrape depends on the policy and not on traffic. Names that left the policy stay, because a
-counter that disappears looks like a restart.
+address, so the size of a scrape depends on the policy and not on traffic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
-    HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
 from gatekeeper import __version__
+from gatekeeper.observer.counted import Layout
 from gatekeeper.observer.state import Service, Totals
-from gatekeeper.policy.model import Reason
-from gatekeeper.snapshot.counters import DIAL_BOUNDS_S, DURATION_BOUNDS_S, Cause, End, ListenerSlot, WorkerSlot
-
-# Simple counters by listener: name, offset in the listener's block, help.
-BY_LISTENER = (
-    (
-        "gatekeeper_accept_overflows",
-        ListenerSlot.ACCEPT_OVERFLOWS,
-        "Connections (UDP: datagrams) the kernel dropped because the queue of a listener was full.",
-    ),
-    (
-        "gatekeeper_accept_errors",
-        ListenerSlot.ACCEPT_ERRORS,
-        "Connections that ended before they could be judged.",
-    ),
-    (
-        "gatekeeper_datagrams_lost",
-        ListenerSlot.DATAGRAMS_LOST,
-        "UDP datagrams that the policy allowed and that could not be forwarded.",
-    ),
-)
-# Closed lists by listener: name, label, offset of the first, members, help.
-BY_LISTENER_AND_WORD = (
-    (
-        "gatekeeper_session_ends",
-        "end",
-        ListenerSlot.ENDS,
-        # REFUSED is a word of the audit log only: refusals are not sessions.
-        tuple((end, end.label) for end in End if end is not End.REFUSED),
-        "Sessions that ended, by what ended them.",
-    ),
-    (
-        "gatekeeper_backend_failures",
-        "cause",
-        ListenerSlot.BACKEND_FAILURES,
-        tuple((cause, cause.label) for cause in Cause),
-        "Backends that could not be reached, by cause.",
-    ),
-)
-# Histograms by listener: name, offset of the sum, offset of the buckets, bounds, help.
-HISTOGRAMS = (
-    (
-        "gatekeeper_session_duration_seconds",
-        ListenerSlot.DURATION_SUM_US,
-        ListenerSlot.DURATION_BUCKETS,
-        DURATION_BOUNDS_S,
-        "How long sessions lasted.",
-    ),
-    (
-        "gatekeeper_backend_connect_seconds",
-        ListenerSlot.DIAL_SUM_US,
-        ListenerSlot.DIAL_BUCKETS,
-        DIAL_BOUNDS_S,
-        "How long it took to connect to the backend.",
-    ),
-)
-
-KERNEL_REASONS = (str(Reason.RULE), str(Reason.DEFAULT))  # all others are about sessions, which only workers know
+from gatekeeper.snapshot.counters import WorkerSlot
 
 
 class ServiceCollector(Collector):
@@ -89,12 +30,25 @@ class ServiceCollector(Collector):
         self._lost = lost
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every family, all from one reading of the counters; always the same ones, some of them still empty."""
+        """Yield every family; always the same ones, some of them still empty."""
+        service = self._service.frozen()
+        yield from Layout(service.bindings, kernel=service.kernel is not None).filled(service.totals())
+        yield from self.others()
+
+    def others(self) -> Iterator[Metric]:
+        """Yield the families that `counted` does not know."""
         service = self._service.frozen()
         totals = service.totals()
-        yield _connections(service, totals)
-        yield from _kernel(service, totals)
-        yield from _listeners(service, totals)
+        yield GaugeMetricFamily(
+            "gatekeeper_kernel_enforcing",
+            "1 when the kernel refuses, before there is a connection; 0 when workers do.",
+            value=float(bool(service.state.get("kernel"))),
+        )
+        yield GaugeMetricFamily(
+            "gatekeeper_bans",
+            "Bans in force, made by operators; one may ban a whole network.",
+            value=float(service.state.get("bans") or 0),
+        )
         yield from _policy(service)
         yield from _processes(service, totals)
         yield from self._events(totals)
@@ -114,96 +68,6 @@ class ServiceCollector(Collector):
             "Refusals that the audit log only counts, because their rule had used up its budget of lines.",
             value=totals.worker(WorkerSlot.REFUSALS_SUPPRESSED),
         )
-
-
-def make_registry(service: Service, lost: Callable[[], Sequence[tuple[str, int]]]) -> CollectorRegistry:
-    """Return a registry with the service's metrics and the observer's own process metrics."""
-    registry = CollectorRegistry(auto_describe=True)  # so that scrapes can ask for some names only
-    registry.register(ServiceCollector(service, lost))
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    return registry
-
-
-def _connections(service: Service, totals: Totals) -> Metric:
-    family = CounterMetricFamily(
-        "gatekeeper_connections",
-        "Connections and UDP flows judged by a worker, each once; rule is empty for the default, bans and limits.",
-        labels=["listener", "action", "rule", "reason"],
-    )
-    for key, slot in service.bindings.verdicts.items():
-        family.add_metric([key.listener, key.action, key.rule, key.reason], totals.slots[slot])
-    return family
-
-
-def _kernel(service: Service, totals: Totals) -> Iterator[Metric]:
-    yield GaugeMetricFamily(
-        "gatekeeper_kernel_enforcing",
-        "1 when the kernel refuses, before there is a connection; 0 when workers do.",
-        value=float(bool(service.state.get("kernel"))),
-    )
-    refused = CounterMetricFamily(
-        "gatekeeper_kernel_refused_attempts",
-        "Attempts (SYNs with their repetitions, UDP datagrams) that the kernel refused; rule is empty for the default.",
-        labels=["listener", "action", "rule"],
-    )
-    passed = CounterMetricFamily(
-        "gatekeeper_kernel_passed_attempts",
-        "Attempts that the kernel let pass: to a worker, or to the service that owns a guarded port.",
-        labels=["listener", "rule"],
-    )
-    if service.kernel is not None:
-        for key, slot in service.bindings.verdicts.items():
-            if key.reason not in KERNEL_REASONS:
-                continue
-            if key.action == "allow":
-                passed.add_metric([key.listener, key.rule], totals.kernel[slot])
-            else:
-                refused.add_metric([key.listener, key.action, key.rule], totals.kernel[slot])
-    yield from (refused, passed)
-
-
-def _listeners(service: Service, totals: Totals) -> Iterator[Metric]:
-    listeners, slots = service.bindings.listeners.items(), totals.slots
-    sessions = GaugeMetricFamily("gatekeeper_sessions", "Live sessions.", labels=["listener"])
-    moved = CounterMetricFamily(
-        "gatekeeper_session_bytes", "Bytes relayed; in is from the client.", labels=["listener", "direction"]
-    )
-    queue = GaugeMetricFamily(
-        "gatekeeper_accept_queue", "Connections that wait in the kernel to be accepted.", labels=["listener"]
-    )
-    for name, block in listeners:
-        sessions.add_metric([name], totals.live(block))
-        moved.add_metric([name, "in"], slots[block + ListenerSlot.BYTES_IN])
-        moved.add_metric([name, "out"], slots[block + ListenerSlot.BYTES_OUT])
-        queue.add_metric([name], slots[block + ListenerSlot.ACCEPT_QUEUE])
-    yield from (sessions, moved, queue)
-    for metric, offset, text in BY_LISTENER:
-        counter = CounterMetricFamily(metric, text, labels=["listener"])
-        for name, block in listeners:
-            counter.add_metric([name], slots[block + offset])
-        yield counter
-    for metric, label, first, words, text in BY_LISTENER_AND_WORD:
-        counter = CounterMetricFamily(metric, text, labels=["listener", label])
-        for name, block in listeners:
-            for index, word in words:
-                counter.add_metric([name, word], slots[block + first + index])
-        yield counter
-    for metric, sum_offset, first, bounds, text in HISTOGRAMS:
-        histogram = HistogramMetricFamily(metric, text, labels=["listener"])
-        for name, block in listeners:
-            at = block + first
-            histogram.add_metric([name], _buckets(slots[at : at + len(bounds) + 1], bounds), slots[block + sum_offset] / 1e6)
-        yield histogram
-
-
-def _buckets(counts: list[int], bounds: Sequence[float]) -> list[tuple[str, float]]:
-    """Return cumulative buckets; ``counts`` has one more than ``bounds``, for what is above all of them."""
-    total, buckets = 0, []
-    for bound, count in zip((*map(str, bounds), "+Inf"), counts, strict=True):
-        total += count
-        buckets.append((bound, float(total)))
-    return buckets
 
 
 def _policy(service: Service) -> Iterator[Metric]:

@@ -63,6 +63,7 @@ def status(service: Service, lost: Sequence[tuple[str, int]], now_s: float | Non
             "timestamp": state.get("last_reload_timestamp"),
             "error": state.get("last_reload_error"),
         },
+        "bans": state.get("bans") or 0,
         "workers": [
             {**worker, "heartbeat_age_s": _rounded(service.heartbeat_age_s(worker.get("index", -1)))}
             for worker in service.processes()
@@ -95,6 +96,7 @@ def render(facts: dict[str, Any]) -> str:
         if policy["rules_without_effect"]:
             overview.append(("Rules that decide nothing", _text(_shortened(policy["rules_without_effect"]))))
     overview.append(("Last reload", _reload(reload)))
+    overview.append(("Bans", _text(facts["bans"])))
     body = [
         "<h1>gatekeeper</h1>",
         "<table>" + "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in overview) + "</table>",

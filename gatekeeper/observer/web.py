@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gzip
 import json
 import os
 import resource
@@ -17,8 +16,6 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
@@ -26,6 +23,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from gatekeeper.observer import page
+from gatekeeper.observer.exposition import Exposition
 from gatekeeper.observer.state import Service
 
 MOST_CONNECTIONS = 64
@@ -132,16 +130,17 @@ async def serve(server: Server, listening: socket.socket) -> None:
         listening.close()
 
 
-def make_app(service: Service, registry: CollectorRegistry, lost: Callable[[], Sequence[tuple[str, int]]]) -> Starlette:
+def make_app(service: Service, lost: Callable[[], Sequence[tuple[str, int]]]) -> Starlette:
     """Return the application: /metrics, /healthz, /readyz, / and /status.json, all read-only."""
     # What grows with the policy is made in a thread, so that the audit log need not wait for it; and one at a time.
     one_at_a_time = asyncio.Lock()
+    exposition = Exposition(service, lost)
 
     async def metrics(request: Request) -> Response:
         wanted = request.query_params.getlist("name[]")
         accept, encodings = request.headers.get("accept", ""), request.headers.get("accept-encoding", "")
         async with one_at_a_time:
-            body, content_type, encoding = await asyncio.to_thread(_exposition, registry, accept, encodings, wanted)
+            body, content_type, encoding = await asyncio.to_thread(exposition.answer, accept, encodings, wanted)
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
         if encoding:
             headers["Content-Encoding"] = encoding
@@ -184,18 +183,3 @@ def _status_json(service: Service, lost: Sequence[tuple[str, int]]) -> bytes:
 
 def _status_page(service: Service, lost: Sequence[tuple[str, int]]) -> bytes:
     return page.render(page.status(service, lost)).encode("utf-8", "backslashreplace")
-
-
-def _exposition(
-    registry: CollectorRegistry, accept: str, encodings: str, wanted: list[str]
-) -> tuple[bytes, str, str]:
-    """Return body, content type and content encoding of the metrics, as the client asked for them."""
-    try:
-        encoder, content_type = choose_encoder(accept)
-    except TypeError:  # a version that is no number
-        encoder, content_type = choose_encoder("")
-    source = registry.restricted_registry(wanted) if wanted else registry
-    body = encoder(source)
-    if any(part.split(";")[0].strip().lower() == "gzip" for part in encodings.split(",")):
-        return gzip.compress(body, compresslevel=1, mtime=0), content_type, "gzip"
-    return body, content_type, ""

@@ -208,7 +208,8 @@ class Settings:
     """The top-level keys that concern processes rather than verdicts.
 
     ``workers`` ``None`` is one per CPU; ``metrics``, ``control`` and ``state`` ``None`` are off; ``audit`` is
-    ``stdout``, ``journald``, ``off`` or an absolute path; ``kernel`` is ``auto``, ``off`` or ``require``.
+    ``stdout``, ``journald``, ``off`` or an absolute path; ``kernel`` is ``auto``, ``off`` or ``require``; ``on_reload``
+    is ``revoke`` or ``keep``: what happens to open sessions that a new policy refuses.
     """
 
     workers: int | None = None
@@ -217,6 +218,7 @@ class Settings:
     audit: str = "stdout"
     state: str | None = None
     kernel: str = "off"
+    on_reload: str = "revoke"
 
 
 @dataclass(frozen=True, slots=True)

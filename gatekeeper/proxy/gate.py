@@ -14,11 +14,13 @@ from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT, LOCAL_CLASS, L
 if TYPE_CHECKING:
     from gatekeeper.proxy.pipes import PipePool
     from gatekeeper.proxy.report import Reporter
+    from gatekeeper.snapshot.bans import Bans
     from gatekeeper.snapshot.bindings import Bindings
     from gatekeeper.snapshot.counters import End
     from gatekeeper.snapshot.reader import Snapshot
 
 ALLOW = int(Action.ALLOW)
+DENY = int(Action.DENY)
 DROP = int(Action.DROP)
 
 CACHED_PEERS = 4096  # verdicts remembered per gate; a flood from random sources only costs the memory of this many
@@ -30,7 +32,30 @@ EPHEMERAL_PORTS = "/proc/sys/net/ipv4/ip_local_port_range"
 
 
 class Session(Failing, Protocol):
-    """A TCP connection or UDP flow, as the worker sees it."""
+    """A TCP connection or UDP flow, as the worker sees it. Times are monotonic."""
+
+    gate: Any  # `Gate`
+    terms: Terms
+    slot: int
+    flow: int
+    source: tuple[int, bytes, int]
+    destination: tuple[bytes, int]
+    began_s: float
+
+    def live(self) -> bool:
+        """Say whether it has not ended yet."""
+
+    def state(self) -> str:
+        """Return where it stands, in a word."""
+
+    def moved(self) -> tuple[int, int]:
+        """Return how many bytes came from the client and from the backend."""
+
+    def idle_s(self, now: float) -> float:
+        """Return for how long nothing has moved, to the last sweep."""
+
+    def tcp_details(self) -> tuple[dict[str, int] | None, dict[str, int] | None]:
+        """Return what the kernel knows of the connections to the client and to the backend."""
 
     def sweep(self, now: float) -> None:
         """Account for what moved since the last sweep, and end the session when it idles too long."""
@@ -58,6 +83,7 @@ class Shared:
     sessions: dict[int, Session]  # by a descriptor of the session
     due: dict[int, Due]  # what must be looked at every few milliseconds, by descriptor
     max_fds: int
+    bans: Bans | None = None
     open_fds: int = 0
     starved_s: float | None = None  # when descriptors or memory were last found wanting; ``None``: it is said that they suffice
 
@@ -135,7 +161,9 @@ class Gate:
         self.snapshot = snapshot
         self.cells = snapshot.matrix[first : first + snapshot.classes]
         self.slots = bindings.details
-        self.over_slot = bindings.details[snapshot.meta["listeners"][endpoint["listener"]]["over_detail"]]
+        listener = snapshot.meta["listeners"][endpoint["listener"]]
+        self.over_slot = bindings.details[listener["over_detail"]]
+        self.ban_word = listener["ban_detail"] << DETAIL_SHIFT | DENY
         self.judged: dict[str, tuple[int, int, bytes]] = {}
 
     def judge(self, host: str) -> tuple[int, int, bytes]:
@@ -146,17 +174,20 @@ class Gate:
         known = self.judged.get(host)
         if known is not None:
             return known
-        snapshot = self.snapshot
         packed = unmapped(host)
-        address = int.from_bytes(packed, "big")
-        if len(packed) == 4:
-            family, found = 4, snapshot.lookup_v4(address)
+        family = 4 if len(packed) == 4 else 6
+        if is_banned(self.shared.bans, family, packed):
+            word = self.ban_word
         else:
-            family, found = 6, snapshot.lookup_v6(address >> 64, address & LOW64)
+            word = self.cells[classify(self.snapshot, family, packed)]
         if len(self.judged) >= CACHED_PEERS:
             self.judged.clear()
-        answer = self.judged[host] = (self.cells[found], family, packed)
+        answer = self.judged[host] = (word, family, packed)
         return answer
+
+    def forget(self) -> None:
+        """Look every source up again: the bans have changed."""
+        self.judged.clear()
 
     def judge_local(self) -> tuple[int, int, bytes]:
         """Return what `judge` returns, for a peer without an address."""
@@ -180,6 +211,22 @@ class Gate:
         slot = self.over_slot if word & ACTION_MASK == ALLOW else self.slots[word >> DETAIL_SHIFT]
         self.shared.counters[slot] += 1
         return slot if self.shared.report.affords(slot, self.terms.number) else 0
+
+
+def classify(snapshot: Snapshot, family: int, packed: bytes) -> int:
+    """Return the class of a source."""
+    if family == 0:
+        return LOCAL_CLASS
+    address = int.from_bytes(packed, "big")
+    return snapshot.lookup_v4(address) if family == 4 else snapshot.lookup_v6(address >> 64, address & LOW64)
+
+
+def is_banned(bans: Bans | None, family: int, packed: bytes) -> bool:
+    """Say whether a source is banned; peers without an address never are."""
+    if bans is None or family == 0:
+        return False
+    address = int.from_bytes(packed, "big")
+    return bans.bans_v4(address) if family == 4 else bans.bans_v6(address >> 64, address & LOW64)
 
 
 def pack_address(family: int, host: str) -> bytes:

@@ -17,6 +17,7 @@ import time
 from fcntl import ioctl
 from typing import TYPE_CHECKING
 
+from gatekeeper.proxy import tcp_info
 from gatekeeper.proxy.accounts import SESSIONS_OPENED, count_bytes, count_dial, count_end, count_failure
 from gatekeeper.proxy.delivery import Delivery
 from gatekeeper.proxy.dial import LOST, Dial, Retry
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 LINGER_DEFAULT = struct.pack("ii", 0, 0)  # deliver in the background, then FIN
 LINGER_RESET = struct.pack("ii", 1, 0)  # close at once, with a reset
-RESETS = {End.CLIENT_RESET, End.BACKEND_RESET}
+RESETS = {End.CLIENT_RESET, End.BACKEND_RESET, End.REVOKED, End.CUT, End.BANNED}  # both sides get one
 
 
 class TcpSession:
@@ -186,17 +187,51 @@ class TcpSession:
         shared.due[self.client.fd] = delivery
         delivery.step()
 
+    # -- for people
+
+    def state(self) -> str:
+        """See `gate.Session.state`."""
+        client, backend = self.client, self.backend
+        waiting = self.gate.shared.due.get(client.fd)
+        if isinstance(waiting, Delivery):
+            return "resetting"
+        if waiting is not None or backend is client:
+            return "dialing"
+        for leg, state in ((client, "client_closed"), (backend, "backend_closed")):
+            # The end of one that sends more than the other takes is in the kernel, where we have not read it yet.
+            if leg.done or (leg.blocked() and tcp_info.has_closed(leg.fd)):
+                return state
+        return "open"
+
+    def moved(self) -> tuple[int, int]:
+        """See `gate.Session.moved`."""
+        return self.client.received, 0 if self.backend is self.client else self.backend.received
+
+    def idle_s(self, now: float) -> float:
+        """See `gate.Session.idle_s`."""
+        return 0.0 if self.moved() != (self.reported_in, self.reported_out) else now - self.active_s
+
+    def tcp_details(self) -> tuple[dict[str, int] | None, dict[str, int] | None]:
+        """See `gate.Session.tcp_details`."""
+        dialed = self.backend is not self.client and self.terms.backend_family != _socket.AF_UNIX
+        return (
+            tcp_info.details(self.client.fd) if self.source[0] else None,
+            tcp_info.details(self.backend.fd) if dialed else None,
+        )
+
     # -- ending
 
     def fail(self) -> None:
         """See `Failing.fail`."""
         self.finish(End.ERROR)
 
+    def live(self) -> bool:
+        """See `gate.Session.live`. Of one that has ended, the descriptors may be another's by now."""
+        return self.gate.shared.sessions.get(self.client.fd) is self
+
     def sweep(self, now: float) -> None:
         """See `gate.Session.sweep`."""
-        if self.gate.shared.sessions.get(self.client.fd) is not self:
-            return  # it has ended since the round began, and its descriptors may be another's by now
-        moved_in, moved_out = self.client.received, self.backend.received if self.backend is not self.client else 0
+        moved_in, moved_out = self.moved()
         if moved_in != self.reported_in or moved_out != self.reported_out:
             self.active_s = now
             self.undelivered = None

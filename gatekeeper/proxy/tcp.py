@@ -180,10 +180,10 @@ class TcpGate(Gate):
         info = self.sock.getsockopt(_socket.IPPROTO_TCP, _socket.TCP_INFO, TCP_INFO_BYTES)
         return int.from_bytes(info[TCP_INFO_QUEUE], "little")
 
-    def close(self) -> None:
-        """Judge what is still queued, then close the socket. Sessions go on."""
+    def close(self, *, judge_queued: bool = True) -> None:
+        """Judge what is still queued, unless others do, then close the socket. Sessions go on."""
         self.batch = BATCH_MOST
-        for _ in range(BATCH_MOST):
+        for _ in range(BATCH_MOST if judge_queued else 0):
             self.accept()
             if self.paused or self.batch < BATCH_MOST:
                 break

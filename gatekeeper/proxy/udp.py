@@ -135,9 +135,11 @@ class UdpGate(Gate):
         self.shared.counters[self.terms.block + ListenerSlot.ACCEPT_OVERFLOWS] += self.drops.new()
         return 0
 
-    def drain(self) -> None:
-        """Serve the flows there are, and no new ones."""
+    def drain(self, *, receive: bool = True) -> None:
+        """Serve the flows there are, and no new ones; without ``receive`` only their replies: others read the socket now."""
         self.draining = True
+        if not receive:
+            self.shared.loop.unwatch(self.sock.fileno())
         for flow in self.flows.values():
             flow.idle_limit_s = min(flow.idle_limit_s, DRAIN_IDLE_S)
 
@@ -259,10 +261,28 @@ class UdpSession:
         """See `Failing.fail`."""
         self.finish(End.ERROR)
 
+    def live(self) -> bool:
+        """See `gate.Session.live`. Of one that has ended, the descriptor may be another's by now."""
+        return self.gate.shared.sessions.get(self.fd) is self
+
+    def state(self) -> str:
+        """See `gate.Session.state`."""
+        return "flow"
+
+    def moved(self) -> tuple[int, int]:
+        """See `gate.Session.moved`."""
+        return self.bytes_in, self.bytes_out
+
+    def idle_s(self, now: float) -> float:
+        """See `gate.Session.idle_s`."""
+        return 0.0 if self.datagrams != self.seen else now - self.active_s
+
+    def tcp_details(self) -> tuple[None, None]:
+        """See `gate.Session.tcp_details`."""
+        return None, None
+
     def sweep(self, now: float) -> None:
         """See `gate.Session.sweep`."""
-        if self.gate.shared.sessions.get(self.fd) is not self:
-            return  # it has ended since the round began, and its descriptor may be another's by now
         if self.datagrams != self.seen:
             self.seen = self.datagrams
             self.active_s = now
@@ -273,7 +293,7 @@ class UdpSession:
     def finish(self, end: End) -> None:
         """See `gate.Session.finish`."""
         shared = self.gate.shared
-        if shared.sessions.get(self.fd) is not self:
+        if not self.live():
             return
         del shared.sessions[self.fd]
         del self.gate.flows[self.key]

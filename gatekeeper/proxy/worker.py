@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from gatekeeper.errors import ChannelClosed, GatekeeperError
 from gatekeeper.kernel import privileges
-from gatekeeper.proxy.gate import Session, Shared
+from gatekeeper.proxy.census import Census
+from gatekeeper.proxy.chores import Chores
+from gatekeeper.proxy.gate import Shared
 from gatekeeper.proxy.loop import IDLE_TICK_S, READ, TICK_S, Loop, say
 from gatekeeper.proxy.pipes import MOST, PipePool
 from gatekeeper.proxy.report import Reporter
 from gatekeeper.proxy.tcp import TcpGate
 from gatekeeper.proxy.udp import UdpGate
+from gatekeeper.snapshot.bans import Bans
 from gatekeeper.snapshot.bindings import Bindings
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, End, ListenerSlot, WorkerSlot
 from gatekeeper.snapshot.reader import Snapshot
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 
 HOUSEKEEPING_S = 1.0  # suppressed refusals, queue lengths, a new round of sweeps
 COLLECTION_S = 60.0
-SWEPT_PER_TICK = 1000  # sessions looked at in one go, so that no turn takes long
+SWEEP_S = 1.0  # how often sessions are looked at,
+SWEEP_PART = 0.04  # or more often when the shortest limit asks for it: it is kept to within twice this part
 SENT_WITH_POLICY = 2  # descriptors: the snapshot and the bindings
 PIPES_SHARE = 8  # at most this part of all descriptors is kept for pipes
 ORDERS_FDS = 8  # what an order may bring beside listening sockets, which are counted when they are there
@@ -53,18 +57,22 @@ class Worker:
 
     shared: Shared
     report: Reporter
+    census: Census
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.loop = Loop()
         self.index = 0
+        self.own_fds = 0  # before there were sockets and sessions
         # By endpoint and shard: beside its own shard, a worker also serves those of siblings that cannot be started.
         self.gates: dict[tuple[str, int], TcpGate | UdpGate] = {}
         self.sockets: dict[tuple[str, int], tuple[socket.socket, bool]] = {}  # handed to us, not watched yet
         self.short = False  # sockets were on their way to us, and there was no room for them
         self.prepared: Prepared | None = None
         self.in_force: Prepared | None = None
-        self.sweeping: list[Session] = []
+        self.chores = Chores()
+        self.sweep_every_s = SWEEP_S
+        self.next_sweep_s = 0.0
         self.next_housekeeping_s = 0.0
         self.next_collection_s = 0.0
         self.drain_deadline_s: float | None = None
@@ -84,19 +92,23 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.disable()
-        turn, tick_due_s = self.loop.turn, 0.0
+        turn, chores, tick_due_s = self.loop.turn, self.chores, 0.0
         while self.running:
             now = turn(self.patience())
-            if now >= tick_due_s:
-                tick_due_s = now + TICK_S
-                self.tick(now)
+            if now >= tick_due_s or chores.queue:
+                if now >= tick_due_s:
+                    tick_due_s = now + TICK_S
+                    self.tick(now)
+                chores.go_on()
                 # What is due by the clock holds up sessions as much as what is due by events.
                 self.loop.longest_turn_s = max(self.loop.longest_turn_s, time.monotonic() - now)
         self.report.flush()
 
     def patience(self) -> float:
         """Return how long the loop may wait for events, in seconds."""
-        return TICK_S if self.shared.due or self.sweeping or self.report.batch else IDLE_TICK_S
+        if self.chores.queue:
+            return self.chores.patience(self.loop.now)
+        return TICK_S if self.shared.due or self.report.batch else min(IDLE_TICK_S, self.sweep_every_s)
 
     def ready(self, _mask: int) -> None:
         """See `Handler.ready`: orders have arrived."""
@@ -124,13 +136,9 @@ class Worker:
                     self.loop.give_up(waiting)
         if self.report.batch and now >= self.report.flush_due_s:
             self.report.flush()
-        if self.sweeping:
-            for session in self.sweeping[-SWEPT_PER_TICK:]:
-                try:
-                    session.sweep(now)
-                except Exception:  # noqa: BLE001 - as above
-                    self.loop.give_up(session)
-            del self.sweeping[-SWEPT_PER_TICK:]
+        if now >= self.next_sweep_s and not self.census.sweeping:
+            self.next_sweep_s = now + self.sweep_every_s
+            self.census.sweep()
         if now >= self.next_housekeeping_s:
             self.next_housekeeping_s = now + HOUSEKEEPING_S
             self.keep_house(now)
@@ -151,22 +159,17 @@ class Worker:
             queued[block] = queued.get(block, 0) + gate.measure()
         for block, length in queued.items():
             counters[block + ListenerSlot.ACCEPT_QUEUE] = length
-        if not self.sweeping:
-            self.sweeping = list(self.shared.sessions.values())
-        if not self.sweeping and now >= self.next_collection_s:
+        if not self.shared.sessions and now >= self.next_collection_s:
             self.next_collection_s = now + COLLECTION_S
             gc.collect()
 
     def limit_sessions(self) -> None:
         """Work out how many descriptors sessions may hold, so that accepting stops before everything else does."""
         limit = most_descriptors()
-        try:
-            ours = len(os.listdir("/proc/self/fd")) - self.shared.open_fds
-        except OSError:  # not even one is left to look with; the limit that led here is near enough
-            return
         pipes = self.shared.pipes
         pipes.most = min(MOST, limit // PIPES_SHARE // 2)
-        self.shared.max_fds = limit - (ours - 2 * pipes.made) - 2 * pipes.most - ORDERS_FDS
+        ours = self.own_fds + len(self.shared.siblings) + len(self.gates) + len(self.sockets)
+        self.shared.max_fds = limit - ours - 2 * pipes.most - ORDERS_FDS
 
     # -- orders
 
@@ -195,6 +198,8 @@ class Worker:
             due={},
             max_fds=0,
         )
+        self.census = Census(self.shared, self.channel, self.chores)
+        self.own_fds = len(os.listdir("/proc/self/fd"))
         self.limit_sessions()
         self.channel.send({"op": "ready"})
 
@@ -268,6 +273,9 @@ class Worker:
             )
             gate.open(prepared.snapshot, prepared.bindings, index)
         self.limit_sessions()
+        listeners = prepared.snapshot.meta["listeners"]
+        limits = [item[key] for item in listeners for key in ("idle_timeout_s", "half_close_timeout_s")]
+        self.sweep_every_s = min(SWEEP_S, max(TICK_S, min(limits, default=SWEEP_S) * SWEEP_PART))
         self.shared.counters[WorkerSlot.GENERATION] = prepared.generation
         self.channel.send({"op": "committed", "generation": prepared.generation})
 
@@ -288,15 +296,36 @@ class Worker:
             self.gates.pop(place).close()
         self.limit_sessions()
 
+    def rejudge(self, order: dict[str, Any]) -> None:
+        """Judge all sessions by the policy in force."""
+        assert self.in_force is not None
+        self.census.judge_again(order["query"], self.in_force.snapshot)
+
+    def ban(self, order: dict[str, Any], fds: list[int]) -> None:
+        """Put a table of bans in force: for new connections at once, for those there are one by one."""
+        (fd,) = fds
+        try:
+            bans = Bans(memoryview(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)))
+        finally:
+            os.close(fd)
+        self.shared.bans = bans or None
+        for gate in self.gates.values():
+            gate.forget()
+        self.census.end_banned(order["query"])
+
     def drain(self, order: dict[str, Any], _fds: list[int]) -> None:
-        """Accept no more; let sessions end by themselves until the deadline."""
+        """Accept no more; let sessions end by themselves until the deadline.
+
+        ``handover``: others serve the same sockets from now on, and what waits in their queues is theirs.
+        """
         self.drain_deadline_s = self.loop.now + order["deadline_s"]
+        handover = order.get("handover", False)
         for place, gate in list(self.gates.items()):
             if isinstance(gate, TcpGate):
                 del self.gates[place]
-                gate.close()
+                gate.close(judge_queued=not handover)
             else:
-                gate.drain()
+                gate.drain(receive=not handover)
 
     def go_on_draining(self, now: float) -> None:
         """Leave once all sessions have ended or the deadline has passed."""
@@ -321,6 +350,10 @@ ORDERS = {
     "commit": Worker.commit,
     "abort": Worker.abort,
     "relieve": Worker.relieve,
+    "rejudge": lambda worker, order, _fds: worker.rejudge(order),
+    "sessions": lambda worker, order, _fds: worker.census.find(order),
+    "cut": lambda worker, order, _fds: worker.census.find(order, End.CUT),
+    "bans": Worker.ban,
     "drain": Worker.drain,
 }
 

@@ -100,6 +100,7 @@ def _meta(config: Config, table: Table) -> dict[str, Any]:
             "audit": settings.audit,
             "state": settings.state,
             "kernel": settings.kernel,
+            "on_reload": settings.on_reload,
         },
         "files": list(config.files),
     }  # fmt: skip

@@ -209,6 +209,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         _check_address(settings["metrics"])
     _require(isinstance(settings["audit"], str), "audit")
     _require(settings["kernel"] in ("auto", "off", "require"), "kernel")
+    _require(settings["on_reload"] in ("revoke", "keep"), "on_reload")
     for key in ("control", "state"):
         _require(settings[key] is None or isinstance(settings[key], str), key)
 

@@ -69,6 +69,7 @@ class Crew:
         self.gave_up: Callable[[str], None] = lambda _why: None
         self.gone: Callable[[], None] = lambda: None
         self.cut = 0  # sessions that workers had to end when they left
+        self.bans_fd: int | None = None  # the table in force; set by whoever owns it
         self.workers = [Worker(index, loop, commands.worker, identity) for index in range(size)]
         self.observer: Observer | None = None
         self.leaving = Leaving(loop, log, size + 1)  # row `size` is that of the retired
@@ -229,6 +230,7 @@ class Crew:
             if one.state not in {State.DOWN, State.STARTING}:
                 one.siblings(counters)
             if one.state is State.READY:
+                one.bans(self.bans_fd)
                 self._offer(one)
 
     def _some_left(self, rows: list[int]) -> None:

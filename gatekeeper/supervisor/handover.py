@@ -108,8 +108,8 @@ class ControlSocket:
     """The socket that operators' commands arrive at."""
 
     path: str
+    group: str | None
     socket: Fd
-    unix_file: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

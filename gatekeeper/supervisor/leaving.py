@@ -160,6 +160,10 @@ class Leaving:
             })  # fmt: skip
         return found
 
+    def counters(self) -> list[int | None]:
+        """Return where all that was counted before the upgrade can be read."""
+        return [self.retired_fd, *(worker.counters_fd for worker in self.workers)]
+
     def retired(self) -> Fd | None:
         """Return the block of the retired as it is handed over."""
         return None if self.retired_fd is None else Fd(self.retired_fd)

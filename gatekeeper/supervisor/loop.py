@@ -64,9 +64,12 @@ class Loop:
         self._wake_read.close()
         self._wake_write.close()
 
-    def watch(self, fd: int, callback: Callable[[], None], *, write: bool = False) -> None:
-        """Call back whenever ``fd`` can be read (or, with ``write``, also written). Replaces an earlier call."""
-        events = select.EPOLLIN | (select.EPOLLOUT if write else 0)
+    def watch(self, fd: int, callback: Callable[[], None], *, read: bool = True, write: bool = False) -> None:
+        """Call back whenever ``fd`` can be read (or, with ``write``, also written). Replaces an earlier call.
+
+        With neither, it calls back when the other side has hung up, and again until `unwatch`.
+        """
+        events = (select.EPOLLIN if read else 0) | (select.EPOLLOUT if write else 0)
         if fd in self._callbacks:
             self._epoll.modify(fd, events)
         else:

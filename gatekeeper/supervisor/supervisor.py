@@ -13,6 +13,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,11 @@ from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
 from gatekeeper.supervisor import handover, listening, places, rehearsing, succession, upgrading
 from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
+from gatekeeper.supervisor.commands import Operators
+from gatekeeper.supervisor.control import BadRequest, Control, Request
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.enforcing import Enforcer, leftover
-from gatekeeper.supervisor.handover import HandoverError
+from gatekeeper.supervisor.handover import ControlSocket, Fd, HandoverError
 from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.reloading import Compiler, Reloader
@@ -34,23 +37,23 @@ from gatekeeper.supervisor.standing import Standing
 from gatekeeper.supervisor.upgrading import Upgrader
 
 if TYPE_CHECKING:
-    import socket
-
     from gatekeeper.supervisor.compiling import Compiled
     from gatekeeper.supervisor.log import Log
 
 FINE, REFUSED, CANNOT = 0, 1, 3  # exit codes
 MOST_WORKERS = 128  # their descriptors travel in one message
 STUCK_AFTER_S = 10.0
+LONGEST_DRAIN_S = 30 * 86400
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line decides. ``workers`` ``None``: as the file says."""
+    """What the command line decides. ``workers`` and ``control`` ``None``: as the file says."""
 
     path: str
     workers: int | None = None
     drain_timeout_s: float = 300.0
+    control: str | None = None
     stuck_after_s: float = STUCK_AFTER_S
     commands: Commands = field(default_factory=Commands)
     program: list[str] = field(default_factory=upgrading.program_as_started)
@@ -69,6 +72,7 @@ class Supervisor:
         self._compiler = Compiler(self._loop, log, options.commands.compiler, options.path)
         self._policy: Accepted | None = None  # the first; later ones are the installer's
         self._lock: int | None = None
+        self._control = Control(self._loop, log)
         self._enforcer: Enforcer | None = None
         self._crew: Crew | None = None
         self._installer: Installer | None = None
@@ -169,12 +173,18 @@ class Supervisor:
         self._upgrader = Upgrader(
             self._loop, self._log, self._options.program,
             lambda drain_timeout_s: succession.capture(
-                crew, opener, self._standing, settings, self._enforcer, None, self._lock, drain_timeout_s
+                crew, opener, self._standing, settings, self._enforcer, self._control_socket(), self._lock, drain_timeout_s
             ),
             self._restless, crew.settle, self._not_upgraded,
         )  # fmt: skip
+        self._control.handlers["upgrade"] = self._asked_to_upgrade
         if self._hung_up:
             self._reloader.request()
+        Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
+        if left is None:
+            self._control.begin(self._options.control, settings)
+        elif left.control is not None:
+            self._control.take_over(left.control.path, left.control.group, socket.socket(fileno=left.control.socket))
         crew.start(policy, settings["audit"], http, self._enforcer, left)
         if left is not None:
             self._left_by = left.writer
@@ -230,6 +240,27 @@ class Supervisor:
         if self._reloader is not None and self._reloader.busy:
             return "a reload is under way"
         return self._crew.restless() if self._crew is not None else "it has not started"
+
+    def _control_socket(self) -> ControlSocket | None:
+        fd, place = self._control.fileno(), self._control.place
+        return None if fd is None or place is None else ControlSocket(place.path, place.group, Fd(fd))
+
+    def _asked_to_upgrade(self, request: Request) -> None:
+        """Answer the request upgrade. Its last answer is sent right before the new code takes over."""
+        drain_s = request.args.get("drain_s", self._options.drain_timeout_s)
+        if type(drain_s) not in {int, float} or not 0 <= drain_s <= LONGEST_DRAIN_S:
+            raise BadRequest(f"drain_s is a number of seconds, at most {LONGEST_DRAIN_S}")
+        upgrader, crew = self._upgrader, self._crew
+        if upgrader is None or crew is None or not self._standing.serving or self._standing.stopping:
+            request.fail("the service does not serve: it starts or stops")
+        elif upgrader.busy:
+            request.fail("an upgrade is under way already")
+        else:
+            before = {"before": __version__, "upgrades": self._standing.upgrades, "upgrades_failed": self._standing.upgrades_failed}
+            upgrader.begin(
+                float(drain_s), request.progress,
+                lambda why, version: request.done(before | {"version": version}) if why is None else request.fail(why, 1),
+            )  # fmt: skip
 
     def _upgraded(self, crew: Crew) -> None:
         """Let the workers of before go: the new ones serve."""
@@ -317,6 +348,7 @@ class Supervisor:
     def _close(self) -> None:
         """Leave nothing behind, however far we came."""
         self._compiler.cancel()
+        self._control.close()
         if self._crew is not None:
             self._crew.close()
         self._close_listeners()

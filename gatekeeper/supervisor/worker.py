@@ -233,6 +233,11 @@ class Worker:
         if self.child is not None:
             self.child.send({"op": "siblings"}, counters)
 
+    def bans(self, table_fd: int | None) -> None:
+        """Give it a table of bans, without asking what came of it; ``None``: nobody is banned."""
+        if self.child is not None and table_fd is not None:
+            self.child.send({"op": "bans", "query": 0}, [table_fd])
+
     def drain(self, deadline_s: float, *, handover: bool = False) -> None:
         """Let it accept no more and end when its sessions have, or after ``deadline_s``.
 

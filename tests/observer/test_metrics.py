@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,15 @@ def test_counters_are_the_sum_of_all_workers(stage: Stage) -> None:
     assert stage.value("gatekeeper_loop_stall_seconds") == 0.0025
     assert stage.value('gatekeeper_events_lost_total{class="refusal"}') == 8
     assert stage.value("gatekeeper_refusals_suppressed_total") == 9
+
+
+def test_bans_are_counted_and_not_named(stage: Stage) -> None:
+    """How many bans are in force is a gauge, and stands on the page; none of them is shown."""
+    assert stage.value("gatekeeper_bans") == 0
+    stage.tell_state(bans=3)
+    until(lambda: stage.value("gatekeeper_bans") == 3, "the number has arrived")
+    assert json.loads(stage.text("/status.json"))["bans"] == 3
+    assert "<th>Bans</th><td>3</td>" in stage.text("/")
 
 
 def test_a_worker_cannot_make_live_sessions_negative(stage: Stage) -> None:

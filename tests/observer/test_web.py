@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from gatekeeper.errors import ChannelClosed
-from gatekeeper.observer.collector import make_registry
 from gatekeeper.observer.state import Service
 from gatekeeper.observer.web import (
     FIRST_REQUEST_S,
@@ -194,7 +193,7 @@ def test_connections_have_deadlines() -> None:
     service = Service(1)
 
     async def story() -> None:
-        server = make_server(make_app(service, make_registry(service, list), list))
+        server = make_server(make_app(service, list))
         listening = socket.create_server(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         serving = asyncio.create_task(serve(server, listening))

@@ -100,7 +100,7 @@ def test_the_meta_section_is_what_its_page_says() -> None:
     }  # fmt: skip
     assert meta["settings"] == {
         "workers": 2, "metrics": {"family": 4, "host": "127.0.0.1", "port": 9180}, "control": "/run/control.sock",
-        "audit": "/var/log/audit.json", "state": "/var/lib/gatekeeper", "kernel": "off",
+        "audit": "/var/log/audit.json", "state": "/var/lib/gatekeeper", "kernel": "off", "on_reload": "revoke",
     }  # fmt: skip
     assert Snapshot(b"".join(encode(example(metrics=False)))).meta["settings"]["metrics"] is None
 

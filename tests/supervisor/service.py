@@ -33,6 +33,8 @@ class Service(Process):
         self, folder: Path, text: str, prefix: Sequence[str] = (), metrics: str = "off", **options: Any
     ) -> None:
         self.rules = folder / "rules.yaml"
+        self.control_path = folder / "control.sock"
+        options.setdefault("control", str(self.control_path))
         self._metrics = metrics
         self.write(text)
         self.notified: list[str] = []

@@ -42,6 +42,7 @@ class Gate(Process):
     ) -> None:
         self.rules_path = folder / "rules.yaml"
         self.audit_path = folder / "audit.jsonl"
+        self.control_path = folder / "control.sock"
         self.metrics_port = free_port()
         self._head = (
             f"version: 1\nworkers: {workers}\nmetrics: {{listen: 127.0.0.1:{self.metrics_port}}}\n"
@@ -56,7 +57,7 @@ class Gate(Process):
             notify_path.chmod(0o777)
             self.notified: list[str] = []
             super().__init__(
-                [python, "-m", "gatekeeper", "run", str(self.rules_path)],
+                [python, "-m", "gatekeeper", "run", "--control", str(self.control_path), str(self.rules_path)],
                 folder,
                 "gatekeeper",
                 env={"PYTHONPATH": PYTHON_PATH, "NOTIFY_SOCKET": str(notify_path), **(env or {})},

@@ -9,11 +9,12 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.endurance.streams.closing import Reading, read, send
-from tests.support.faults import NAME_BYTES, Outcome, Plan, Stage, descriptors, part, resident_kib
+from tests.support.faults import NAME_BYTES, Outcome, Peer, Plan, Stage, descriptors, part, resident_kib
 from tests.support.gate import Gate
 from tests.support.ports import free_port
 from tests.support.wait import until
@@ -57,6 +58,12 @@ def plans(count: int, most: int, seed: int) -> list[tuple[Plan, Plan]]:
     ]
 
 
+def how_it_ended(gate: Gate, client: Peer) -> dict[str, Any] | None:
+    """Return what the audit log says of a client's session."""
+    found = [event for event in gate.audit("connection") if (event["src_ip"], event["src_port"]) == client.local]
+    return {key: found[0]["gatekeeper"][key] for key in ("end", "bytes_in", "bytes_out", "duration_s")} if found else None
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_a_crowd_gets_every_byte(run_gate: Callable[..., Gate], folder: Path, long: bool, kind: str) -> None:
@@ -88,8 +95,9 @@ def test_a_crowd_gets_every_byte(run_gate: Callable[..., Gate], folder: Path, lo
             for peer, due in ((clients[number], answered.sends), (backends[number], asked.sends))
             if not peer.whole(due)
         ]
-        ends = {(event["src_ip"], event["src_port"]): event["gatekeeper"] for event in gate.audit("connection")}
-        assert not broken, [(what, ends.get(clients[what[0] or 0].local)) for what in broken[:10]]
+        for number, *what in broken[:10]:
+            print(number, *what, planned[number or 0], how_it_ended(gate, clients[number or 0]), sep="\n  ")
+        assert not broken
         assert resident_kib(worker, "VmHWM") - before_kib <= 2 * CHUNK_KIB * count + SLACK_KIB
         gate.wait_for_value(0, "gatekeeper_sessions")
         gate.wait_for_value(sum(plan.sends for plan, _ in planned), "gatekeeper_session_bytes_total", direction="in")
