@@ -25,6 +25,7 @@ from gatekeeper.observer.feed import Control, Events, open_sink
 from gatekeeper.observer.say import say, take_over_logging
 from gatekeeper.observer.sink import Sink
 from gatekeeper.observer.state import Service
+from gatekeeper.observer.tails import Outlets
 from gatekeeper.observer.web import make_app, make_server, serve
 
 # What libraries would import when they first need it: by then we may be a user who cannot read their files.
@@ -58,13 +59,14 @@ async def _run(channel: Channel, start: dict[str, Any], fds: list[int]) -> None:
     service = Service(workers=start["workers"])
     sink = open_sink(start["audit"], fds)  # its thread starts here: after the privileges went
     listening = socket.socket(fileno=fds.pop(0)) if start["metrics"] else None
+    outlets = Outlets(sink)
     renderer = Renderer()
     renderers, sources = [renderer], []
     if start.get("kernel"):
         renderers.append(Renderer("kernel"))
-        sources.append(Events([socket.socket(fileno=fds.pop(0))], renderers[1], sink))
-    sources.append(Events([socket.socket(fileno=fd) for fd in fds], renderer, sink))
-    control = Control(channel, service, renderers, sink)
+        sources.append(Events([socket.socket(fileno=fds.pop(0))], renderers[1], outlets))
+    sources.append(Events([socket.socket(fileno=fd) for fd in fds], renderer, outlets))
+    control = Control(channel, service, renderers, outlets)
     control.before_event = lambda: _read_all(sources)
     control.more_events = lambda fd: sources[-1].add(socket.socket(fileno=fd), loop)
     control.watch(loop)

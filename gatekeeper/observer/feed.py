@@ -16,17 +16,18 @@ from gatekeeper.observer.audit import MAX_MESSAGE_BYTES, Renderer, service_event
 from gatekeeper.observer.say import say
 from gatekeeper.observer.sink import FileTarget, JournalTarget, Sink
 from gatekeeper.observer.state import NotCounters, Service
+from gatekeeper.observer.tails import Outlets
 
 MESSAGES_A_TURN = 8  # of one worker: 2,048 records, a few milliseconds
 
 
 class Events:
-    """The workers' event sockets. Owns them. Without a sink, records are read and forgotten."""
+    """The workers' event sockets. Owns them."""
 
-    def __init__(self, sockets: Sequence[socket.socket], renderer: Renderer, sink: Sink | None) -> None:
+    def __init__(self, sockets: Sequence[socket.socket], renderer: Renderer, outlets: Outlets) -> None:
         self._sockets = list(sockets)
         self._renderer = renderer
-        self._sink = sink
+        self._outlets = outlets
         # One byte more than a message may have, so that a longer one is told from a full one.
         self._buffer = memoryview(bytearray(MAX_MESSAGE_BYTES + 1))
         self._rendering = False
@@ -81,15 +82,15 @@ class Events:
             lines = self._renderer.render(self._buffer[:length])
         finally:
             self._rendering = False
-        if lines and self._sink is not None:
-            self._sink.put(lines)
+        if lines:
+            self._outlets.put(lines)
         return True
 
 
 class Control:
     """The supervisor's channel. Owns it. `ended`: the supervisor is gone. `told`: it has said all it had to say, or ended."""
 
-    def __init__(self, channel: Channel, service: Service, renderers: Sequence[Renderer], sink: Sink | None) -> None:
+    def __init__(self, channel: Channel, service: Service, renderers: Sequence[Renderer], outlets: Outlets) -> None:
         self.ended = asyncio.Event()
         self.told = asyncio.Event()
         self.before_event: Callable[[], None] = lambda: None
@@ -97,7 +98,7 @@ class Control:
         self._channel = channel
         self._service = service
         self._renderers = renderers
-        self._sink = sink
+        self._outlets = outlets
         channel.sock.setblocking(False)
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -144,12 +145,13 @@ class Control:
                 self.told.set()
             case "event":
                 self.before_event()  # what workers reported earlier comes first
-                if self._sink is not None:
-                    self._sink.put([service_event(message["event"], time.time())])
+                self._outlets.put([service_event(message["event"], time.time())])
             case "audit":
-                if self._sink is not None:
-                    self._sink.swap(FileTarget(fds[0]))
+                if self._outlets.sink is not None:
+                    self._outlets.sink.swap(FileTarget(fds[0]))
                     del fds[0]
+            case "tail":
+                self._outlets.add(fds.pop(0))
             case other:
                 say(f"unknown message of the supervisor: {other!r}")
 

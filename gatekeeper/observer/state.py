@@ -103,7 +103,7 @@ class Service:
         """
         try:
             # Mapped, because a table may be large and only its last section is wanted.
-            meta = Snapshot(memoryview(mmap.mmap(snapshot_fd, 0, mmap.MAP_SHARED, mmap.PROT_READ))).meta
+            meta = Snapshot(memoryview(mmap.mmap(snapshot_fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ))).meta
             bindings = Bindings.from_json(_contents(bindings_fd))
         except (OSError, ValueError, KeyError, TypeError) as err:
             raise SnapshotError(f"not a policy: {err!r}") from err

@@ -101,6 +101,16 @@ class Shared:
             say("descriptors and memory suffice again")
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A policy as a worker holds it. ``dynamic_ports``: what the kernel chooses from for those who do not ask for a port."""
+
+    generation: int
+    snapshot: Snapshot
+    bindings: Bindings
+    dynamic_ports: range
+
+
 class Terms:
     """What one policy says about one endpoint; sessions keep the terms they began under."""
 
@@ -119,7 +129,8 @@ class Terms:
         "wildcard",
     )
 
-    def __init__(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
+    def __init__(self, policy: Prepared, index: int) -> None:
+        snapshot, bindings = policy.snapshot, policy.bindings
         endpoint = snapshot.meta["endpoints"][index]
         listener = snapshot.meta["listeners"][endpoint["listener"]]
         backend = endpoint["backend"]
@@ -135,7 +146,7 @@ class Terms:
         self.backend_family = {0: socket.AF_UNIX, 4: socket.AF_INET, 6: socket.AF_INET6}[backend["family"]]
         self.backend_address: Any = backend["host"] if backend["family"] == 0 else (backend["host"], backend["port"])
         # Only a port that the kernel may also choose as the source of a dial can be connected to from itself.
-        self.may_meet_itself = backend["family"] != 0 and backend["port"] in ephemeral_ports()
+        self.may_meet_itself = backend["family"] != 0 and backend["port"] in policy.dynamic_ports
 
 
 class Gate:
@@ -153,9 +164,10 @@ class Gate:
         self.exclusive = exclusive  # other workers hold this very socket too
         self.own = own  # not one of a worker that cannot be started
 
-    def bind_policy(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
-        """Judge as endpoint ``index`` of this snapshot from now on."""
-        self.terms = Terms(snapshot, bindings, index)
+    def bind_policy(self, policy: Prepared, index: int) -> None:
+        """Judge as endpoint ``index`` of this policy from now on."""
+        snapshot, bindings = policy.snapshot, policy.bindings
+        self.terms = Terms(policy, index)
         endpoint = snapshot.meta["endpoints"][index]
         first = endpoint["row"] * snapshot.classes
         self.snapshot = snapshot

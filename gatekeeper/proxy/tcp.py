@@ -18,8 +18,7 @@ from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT
 if TYPE_CHECKING:
     import socket
 
-    from gatekeeper.snapshot.bindings import Bindings
-    from gatekeeper.snapshot.reader import Snapshot
+    from gatekeeper.proxy.gate import Prepared
 
 BATCH_MOST = 64  # connections accepted in one turn
 FDS_PER_SESSION = 2
@@ -51,9 +50,9 @@ class TcpGate(Gate):
         self.mixed = False  # some that are still queued completed before `flooded` changed
         self.drops = SocketDrops(sock)
 
-    def open(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
+    def open(self, policy: Prepared, index: int) -> None:
         """Start to accept under this policy."""
-        self.bind_policy(snapshot, bindings, index)
+        self.bind_policy(policy, index)
         self.sock.setblocking(False)
         if not self.exclusive:  # a predecessor may have died in a flood
             self.mixed = True

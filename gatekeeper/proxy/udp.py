@@ -21,8 +21,7 @@ from gatekeeper.snapshot.counters import End, ListenerSlot
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT
 
 if TYPE_CHECKING:
-    from gatekeeper.snapshot.bindings import Bindings
-    from gatekeeper.snapshot.reader import Snapshot
+    from gatekeeper.proxy.gate import Prepared
 
 BATCH_MOST = 64  # datagrams received in one turn
 DRAIN_IDLE_S = 2.0  # a flow never says that it has ended; while the service stops, this much silence will do
@@ -47,9 +46,9 @@ class UdpGate(Gate):
         self.flows: dict[Any, UdpSession] = {}
         self.drops = SocketDrops(sock)
 
-    def open(self, snapshot: Snapshot, bindings: Bindings, index: int) -> None:
+    def open(self, policy: Prepared, index: int) -> None:
         """Start to receive under this policy."""
-        self.bind_policy(snapshot, bindings, index)
+        self.bind_policy(policy, index)
         self.sock.setblocking(False)
         self.shared.loop.watch(self.sock.fileno(), READ, self)
 

@@ -13,14 +13,13 @@ import resource
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper.errors import ChannelClosed, GatekeeperError
 from gatekeeper.kernel import privileges
 from gatekeeper.proxy.census import Census
 from gatekeeper.proxy.chores import Chores
-from gatekeeper.proxy.gate import Shared
+from gatekeeper.proxy.gate import Prepared, Shared, ephemeral_ports
 from gatekeeper.proxy.loop import IDLE_TICK_S, READ, TICK_S, Loop, say
 from gatekeeper.proxy.pipes import MOST, PipePool
 from gatekeeper.proxy.report import Reporter
@@ -41,15 +40,6 @@ SWEEP_PART = 0.04  # or more often when the shortest limit asks for it: it is ke
 SENT_WITH_POLICY = 2  # descriptors: the snapshot and the bindings
 PIPES_SHARE = 8  # at most this part of all descriptors is kept for pipes
 ORDERS_FDS = 8  # what an order may bring beside listening sockets, which are counted when they are there
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A snapshot that was checked and waits for its commit."""
-
-    generation: int
-    snapshot: Snapshot
-    bindings: Bindings
 
 
 class Worker:
@@ -238,14 +228,14 @@ class Worker:
         try:
             # Private and read-only: even this process can not change a verdict by way of its mapping.
             snapshot = Snapshot(memoryview(mmap.mmap(snapshot_fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)))
-            bindings = Bindings.from_json(os.pread(bindings_fd, os.fstat(bindings_fd).st_size, 0))
+            bindings = Bindings.numbers_from_json(os.pread(bindings_fd, os.fstat(bindings_fd).st_size, 0))
         except (GatekeeperError, OSError, ValueError, KeyError, MemoryError) as err:
             self.channel.send({"op": "failed", "generation": generation, "error": f"{type(err).__name__}: {err}"})
             return
         finally:
             os.close(snapshot_fd)
             os.close(bindings_fd)
-        self.prepared = Prepared(generation, snapshot, bindings)
+        self.prepared = Prepared(generation, snapshot, bindings, ephemeral_ports())
         self.channel.send({"op": "prepared", "generation": generation})
 
     def commit(self, order: dict[str, Any], _fds: list[int]) -> None:
@@ -260,7 +250,7 @@ class Worker:
         for place in [place for place in self.gates if place[0] not in wanted]:
             self.gates.pop(place).close()
         for (key, _shard), gate in self.gates.items():
-            gate.bind_policy(prepared.snapshot, prepared.bindings, wanted[key])
+            gate.bind_policy(prepared, wanted[key])
         for place in [place for place in self.sockets if place[0] in wanted and self.drain_deadline_s is None]:
             sock, exclusive = self.sockets.pop(place)
             if place in self.gates:  # we have it already
@@ -271,7 +261,7 @@ class Worker:
             self.gates[place] = gate = kind(
                 self.shared, place[0], sock, exclusive=exclusive, own=place[1] == self.index
             )
-            gate.open(prepared.snapshot, prepared.bindings, index)
+            gate.open(prepared, index)
         self.limit_sessions()
         listeners = prepared.snapshot.meta["listeners"]
         limits = [item[key] for item in listeners for key in ("idle_timeout_s", "half_close_timeout_s")]

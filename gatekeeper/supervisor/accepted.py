@@ -91,6 +91,16 @@ def revive(snapshot_fd: int, generation: int, bindings: Bindings) -> Accepted:
     return Accepted(generation, meta, bindings, bindings.to_json(), snapshot_fd, {})
 
 
+def digest_of(snapshot_fd: int) -> str | None:
+    """Return the digest in a snapshot that was not checked yet, ``None`` when it has none."""
+    try:
+        snapshot = Snapshot(memoryview(mmap.mmap(snapshot_fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)))
+        digest = snapshot.meta["digest"]
+    except (SnapshotError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return digest if isinstance(digest, str) else None
+
+
 def endpoints(meta: dict[str, Any]) -> list[Endpoint]:
     """Return the endpoints of a snapshot that we listen at, in file order: all but those that are guarded."""
     relayed = [listener["on_exit"] is None for listener in meta["listeners"]]
@@ -105,7 +115,8 @@ def endpoint(item: dict[str, Any], protocol: str = "tcp") -> Endpoint:
 def _read(fd: int) -> dict[str, Any]:
     if not os.fstat(fd).st_size:
         raise SnapshotError("it is empty")
-    # Not closed by hand: the snapshot's views go first, the mapping with the last of them.
+    # Not closed by hand: the snapshot's views go first, the mapping with the last of them. Private, because before
+    # Linux 6.7 what is sealed against writing could not even be read through a shared mapping.
     snapshot = Snapshot(memoryview(mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)))
     snapshot.validate()
     return snapshot.meta

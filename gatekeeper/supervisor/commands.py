@@ -1,4 +1,7 @@
-"""What operators may ask the daemon at its control socket, as far as no other part of the supervisor answers it."""
+"""What operators may ask the daemon at its control socket, as far as no other part of the supervisor answers it.
+
+docs/control.md describes the arguments and answers of each request.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 from gatekeeper import __version__
 from gatekeeper.supervisor import tally
+from gatekeeper.supervisor.asking import TooLong
+from gatekeeper.supervisor.control import BadRequest
+from gatekeeper.supervisor.sessions import FILTERS, MOST_COUNTED, Names, Wanted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from gatekeeper.supervisor.control import Control, Request
     from gatekeeper.supervisor.crew import Crew
     from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.standing import Standing
+    from gatekeeper.supervisor.worker import Worker
+
+MOST_ROWS = 1 << 20
+MOST_CUT_ROWS = 1000  # listed; all that match are cut
+MOST_TAILS = 8
+PATIENCE_S = 20.0  # with workers that go through their sessions
 
 
 class Operators:
-    """The requests status and policy. They answer at once, whatever else is going on."""
+    """The requests status, policy, sessions, cut and tail.
+
+    ``elsewhere`` finds (or, when its second argument is true, ends) sessions that no worker has: those of guarded
+    listeners. It returns rows as `Names.translate` makes them, with ``path`` guard.
+    """
 
     def __init__(self, control: Control, crew: Crew, standing: Standing, kernel: Enforcer | None, rules_path: str) -> None:
         """Let the control socket know what is answered here."""
+        self.elsewhere: Callable[[Wanted, bool], Iterable[dict[str, Any]]] = lambda _wanted, _cut: ()
+        self._names = Names(0, None)
+        self._tails = 0
         self._control = control
         self._crew = crew
         self._kernel = kernel
         self._standing = standing
         self._rules_path = os.path.abspath(rules_path)
-        control.handlers |= {"status": self.status, "policy": self.policy}
+        control.handlers |= {
+            "status": self.status, "policy": self.policy, "sessions": self.sessions, "cut": self.cut, "tail": self.tail,
+        }  # fmt: skip
 
     def status(self, request: Request) -> None:
         """Answer how the service is, with what was counted."""
@@ -77,7 +100,102 @@ class Operators:
             [policy.snapshot_fd],
         )  # fmt: skip
 
+    def sessions(self, request: Request) -> None:
+        """Answer which sessions match, as rows."""
+        _allow(request, FILTERS | {"details", "most"})
+        most = request.args.get("most", MOST_ROWS)
+        if type(most) is not int or not 0 <= most <= MOST_ROWS:
+            raise BadRequest(f'"most" is a number of rows up to {MOST_ROWS}')
+        self._go_through(request, Wanted.from_args(request.args), most, cut=False)
+
+    def cut(self, request: Request) -> None:
+        """End the sessions that match; rows say which."""
+        _allow(request, FILTERS | {"all"})
+        if request.args.get("all") is not True and not any(request.args.get(name) for name in FILTERS):
+            raise BadRequest('this would cut every session: say which, or "all":true')
+        self._go_through(request, Wanted.from_args(request.args), MOST_CUT_ROWS, cut=True)
+
+    def _go_through(self, request: Request, wanted: Wanted, most: int, *, cut: bool) -> None:
+        """Ask all workers for sessions, pass on what they say, and answer."""
+        policy = self._crew.policy
+        if policy is None:
+            request.fail("there are no sessions yet: the daemon is starting")
+            return
+        told = unreadable = 0
+
+        def rows(_worker: Worker, rows: list[Any]) -> None:
+            nonlocal told, unreadable
+            names, now = self._names_in_force(), time.time()
+            found = [names.translate(row, now) for row in rows]
+            good = [row for row in found if row is not None][: most - told]
+            told += len(good)
+            unreadable += found.count(None)
+            if good:
+                request.rows(good)
+
+        def done(answers: dict[int, dict[str, Any]], missing: list[int]) -> None:
+            key = "ended" if cut else "matched"
+            number = guarded + sum(_bounded(answer.get(key)) for answer in answers.values())
+            if cut and number:
+                self._control.note(request, f"cut {number} sessions")
+                self._crew.event("cut", ended=number, by=request.peer.uid)
+            request.done({key: number, "shown": told, "unreadable": unreadable, "missing_workers": missing, "now": time.time()})
+
+        order = {"op": "cut" if cut else "sessions", "filter": wanted.to_filter(policy.bindings), "most": most}
+        others = list(self.elsewhere(wanted, cut))
+        guarded = len(others)
+        if others[:most]:
+            told = len(others[:most])
+            request.rows(others[:most])
+        try:
+            self._crew.ask(order, rows=rows, done=done, patience_s=PATIENCE_S)
+        except TooLong:
+            raise BadRequest("these are too many listeners, ports or values for one request: ask for some of them") from None
+
+    def _names_in_force(self) -> Names:
+        """Return what the numbers in rows mean, now."""
+        policy = self._crew.policy
+        if policy is not None and policy.generation != self._names.generation:
+            self._names = Names(policy.generation, policy.bindings)
+        return self._names
+
+    def tail(self, request: Request) -> None:
+        """Let the observer write audit lines to the socket that came along, until its other end is closed."""
+        _allow(request, frozenset())
+        if len(request.fds) != 1:
+            raise BadRequest("a tail takes one descriptor: an end of a pair of unix sockets that keep messages apart (SEQPACKET)")
+        observer = self._crew.observer
+        if observer is None or observer.child is None:
+            request.fail("the observer is being started: try again")
+            return
+        if self._tails >= MOST_TAILS:
+            request.fail(f"{MOST_TAILS} others follow the log already")
+            return
+        self._tails += 1
+
+        def gone() -> None:
+            self._tails -= 1
+
+        request.when_gone = gone
+        observer.tail(request.fds[0])
+        request.progress("following")
+
     def _phase(self) -> str:
         if self._standing.stopping:
             return "draining"
         return "serving" if self._standing.serving else "starting"
+
+
+def _allow(request: Request, known: frozenset[str]) -> None:
+    """Refuse arguments that are not known: a filter that is misspelt must not mean every session.
+
+    Raises:
+        BadRequest: there are some.
+    """
+    unknown = sorted(request.args.keys() - known)
+    if unknown:
+        raise BadRequest(f'{request.op} knows no "{unknown[0][:50]}"; it knows {", ".join(sorted(known)) or "no arguments"}')
+
+
+def _bounded(number: object) -> int:
+    return min(max(number, 0), MOST_COUNTED) if type(number) is int else 0

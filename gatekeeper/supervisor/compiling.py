@@ -15,6 +15,7 @@ from gatekeeper.supervisor import child
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.loop import Loop
 
 PATIENCE_S = 120.0
@@ -129,6 +130,54 @@ class Compilation:
             ended = child.how_it_ended(status)
             return Compiled(None, failure=f"the compiler of {self._path} {ended} without a report")
         return Compiled(self._snapshot_fd if accepted else None, str(text), len(problems), first, failure, unreadable)
+
+
+class Compiler:
+    """Compiles the rule file of the service, one time at a time."""
+
+    def __init__(self, loop: Loop, log: Log, command: Sequence[str], path: str) -> None:
+        self._loop = loop
+        self._log = log
+        self._command = command
+        self._path = path
+        self._compilation: Compilation | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the compiler runs."""
+        return self._compilation is not None
+
+    def start(self, done: Callable[[Compiled], None]) -> None:
+        """Run the compiler; ``done`` is called with what came out, unless it is cancelled."""
+
+        def compiled(result: Compiled) -> None:
+            self._compilation = None
+            done(result)
+
+        try:
+            self._compilation = Compilation(self._loop, self._command, self._path, compiled)
+        except OSError as err:
+            done(Compiled(None, failure=f"the compiler cannot be started: {err}"))
+
+    def poll(self) -> None:
+        """See whether it has ended. Called on SIGCHLD."""
+        if self._compilation is not None:
+            self._compilation.poll()
+
+    def cancel(self) -> None:
+        """Stop it, if it runs."""
+        if self._compilation is not None:
+            self._compilation.cancel()
+
+    def tell_problems(self, compiled: Compiled) -> str:
+        """Print what the compiler found; return in one line why the file was not accepted."""
+        refused = compiled.snapshot_fd is None
+        if compiled.text:
+            self._log.plain(compiled.text, error=refused)
+        if compiled.failure is not None:
+            return compiled.failure
+        what = "1 problem" if compiled.problems == 1 else f"{compiled.problems} problems"
+        return f"{self._path} is not a policy that can be applied ({what})"
 
 
 def _in_one_line(problem: dict[str, Any]) -> str:

@@ -123,6 +123,10 @@ class Control:
             self._log.plain(traceback.format_exc(), error=True)
             request.fail(f"{request.op} failed: the daemon's log says why")
 
+    def note(self, request: Request, what: str) -> None:
+        """Let the service log say who has done what."""
+        self._log.info(f"uid {request.peer.uid} (pid {request.peer.pid}) {what}")
+
     def wait_s(self, uid: int) -> float:
         """Take one request from what a user may send; return how long it must wait for that."""
         now = time.monotonic()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatekeeper.kernel.channel import MAX_FDS
 from gatekeeper.supervisor import child as children
+from gatekeeper.supervisor.asking import Questions
 from gatekeeper.supervisor.leaving import Leaving
 from gatekeeper.supervisor.log import printable
 from gatekeeper.supervisor.observing import Observer
@@ -15,10 +16,11 @@ from gatekeeper.supervisor.worker import State, Worker
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gatekeeper.kernel.privileges import Identity
     from gatekeeper.supervisor.accepted import Accepted
+    from gatekeeper.supervisor.asking import Done, Rows
     from gatekeeper.supervisor.change import Change
     from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.handover import State as LeftBehind
@@ -80,6 +82,7 @@ class Crew:
         self._identity = identity
         self._stuck_after_s = stuck_after_s
         self._state = state
+        self._questions = Questions(loop)
         self._served = False
         self._leaving = False
         self._ticks = 0
@@ -130,6 +133,26 @@ class Crew:
         """Return the workers that enforce a policy now."""
         return [worker for worker in self.workers if worker.state is State.SERVING]
 
+    def ask(
+        self,
+        message: dict[str, Any],
+        fds: Sequence[int] = (),
+        *,
+        rows: Rows = lambda _worker, _rows: None,
+        done: Done,
+        patience_s: float = 10.0,
+    ) -> None:
+        """Ask all workers that enforce a policy, those that drain included; see `Questions.ask`.
+
+        Raises:
+            TooLong: the message is; nothing was sent.
+        """
+        # One that is about to enforce its first policy has no sessions, but must not miss a ban.
+        coming = message.get("op") == "bans"
+        everybody = (*self.workers, *self.leaving.workers)
+        asked = [one for one in everybody if one.child is not None and (one.generation or (coming and one.offered))]
+        self._questions.ask(asked, message, fds, rows, done, patience_s)
+
     def bring_up_to_date(self) -> None:
         """Give the policy in force to workers that serve an older one (they arrived while it was being changed)."""
         for worker in self.those_serving():
@@ -165,6 +188,8 @@ class Crew:
         if op == "ready" and worker.state is State.STARTING:
             worker.became_ready()
             self._introduce(worker)
+        elif op in {"rows", "answer"}:
+            self._questions.heard(worker, message)
         elif op == "drained":
             self.cut += _sessions_in(message)
         elif change is not None and generation == change.new.generation:
@@ -177,9 +202,11 @@ class Crew:
         elif generation == worker.offered and self.policy is not None:
             self._answered(worker, op, str(message.get("error")))
 
-    def _heard_old(self, _worker: Worker, message: dict[str, Any]) -> None:
+    def _heard_old(self, worker: Worker, message: dict[str, Any]) -> None:
         if message.get("op") == "drained":
             self.leaving.cut += _sessions_in(message)
+        elif message.get("op") in {"rows", "answer"}:
+            self._questions.heard(worker, message)
 
     def _answered(self, worker: Worker, op: object, error: str) -> None:
         """Take the next step with a worker that is coming up."""
@@ -233,10 +260,12 @@ class Crew:
                 one.bans(self.bans_fd)
                 self._offer(one)
 
-    def _some_left(self, rows: list[int]) -> None:
+    def _some_left(self, gone: list[Worker]) -> None:
         """Let everybody know that some of the workers of before an upgrade are gone."""
+        for worker in gone:
+            self._questions.lost(worker)
         if self.observer is not None:
-            self.observer.retired(self.leaving, rows)
+            self.observer.retired(self.leaving, [worker.index for worker in gone])
         self._acquaint()
         self.tell_state()
 
@@ -307,6 +336,7 @@ class Crew:
     def _worker_ended(self, worker: Worker, status: int) -> None:
         pid = worker.child.pid if worker.child is not None else 0
         delay_s = worker.ended()
+        self._questions.lost(worker)
         ended = children.how_it_ended(status)
         if self._leaving:
             if status != 0:

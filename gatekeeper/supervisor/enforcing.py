@@ -53,6 +53,7 @@ class Enforcer:
         self._judge: Judge | None = None
         self._policy: Accepted | None = None
         self._leaving: list[tuple[Judge, Accepted]] = []  # swapped out, not counted to the end yet
+        self._kept: list[tuple[Judge, Accepted]] = []  # swapped out, and may come back
         self._flow = int(time.time()) << 21  # workers' flow ids begin twice as high
         try:
             self._namespace = os.open(NAMESPACE, os.O_RDONLY)
@@ -103,7 +104,7 @@ class Enforcer:
             raise KernelError(_OTHERS)
         try:
             # Not closed by hand: the mapping goes with the last view of it.
-            snapshot = Snapshot(memoryview(mmap.mmap(policy.snapshot_fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)))
+            snapshot = Snapshot(memoryview(mmap.mmap(policy.snapshot_fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)))
             judge = Judge(snapshot, policy.bindings.details, policy.bindings.rows, self._common)
         except OSError as err:
             raise KernelError(_why_not(err)) from err
@@ -138,8 +139,10 @@ class Enforcer:
         self._loop.watch(self._common.ring.fileno(), self._hear)
         self._loop.later(COUNT_EVERY_S, self._tick)
 
-    def swap(self, judge: Judge, policy: Accepted) -> None:
-        """Let another program take over at once.
+    def swap(self, judge: Judge, policy: Accepted, *, keep: bool = False) -> Judge:
+        """Let another program take over at once; return the one before it.
+
+        ``keep``: that one stays ready; the caller puts it in force again by `swap`, or gives it up by `let_go`.
 
         Raises:
             KernelError: the kernel refuses; the one before it stays in force.
@@ -149,10 +152,19 @@ class Enforcer:
         try:
             bpf.swap(self._link, judge.program)
         except OSError as err:
-            self.discard(judge)
             raise KernelError(_why_not(err)) from err
-        self._leaving.append((self._judge, self._policy))
+        before = self._judge
+        self._kept = [(kept, its) for kept, its in self._kept if kept is not judge]
+        self._kept.append((before, self._policy))
         self._judge, self._policy = judge, policy
+        if not keep:
+            self.let_go(before)
+        return before
+
+    def let_go(self, judge: Judge) -> None:
+        """Give up a program that was swapped out and kept."""
+        self._leaving += [(kept, policy) for kept, policy in self._kept if kept is judge]
+        self._kept = [(kept, policy) for kept, policy in self._kept if kept is not judge]
         self._loop.later(LINGER_S, self._see_off)
         self._settle()
 
@@ -182,9 +194,9 @@ class Enforcer:
     def close(self) -> None:
         """Leave nothing behind."""
         self.detach()
-        for judge, _policy in [*self._leaving, *([(self._judge, None)] if self._judge is not None else [])]:
+        for judge, _policy in [*self._leaving, *self._kept, *([(self._judge, None)] if self._judge is not None else [])]:
             judge.close()
-        self._leaving, self._judge = [], None
+        self._leaving, self._kept, self._judge = [], [], None
         self._common.close()
         self._counters.release()
         self._memory.close()
@@ -225,8 +237,9 @@ class Enforcer:
             ) from err
 
     def _settle(self) -> None:
-        """Take the pin away when the policy in force has no use for it."""
-        if self._policy is not None and "closed" not in how_guarded(self._policy):
+        """Take the pin away when neither the policy in force nor one that may come back has a use for it."""
+        policies = [policy for _judge, policy in self._kept] + ([self._policy] if self._policy is not None else [])
+        if policies and not any("closed" in how_guarded(policy) for policy in policies):
             with contextlib.suppress(OSError):
                 os.unlink(self._pin)
             with contextlib.suppress(OSError):
@@ -246,7 +259,7 @@ class Enforcer:
             judge.close()
 
     def _count_all(self) -> None:
-        for judge, policy in self._leaving:
+        for judge, policy in [*self._leaving, *self._kept]:
             self._count(judge, policy)
         if self._judge is not None and self._policy is not None:
             self._count(self._judge, self._policy)

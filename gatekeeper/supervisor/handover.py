@@ -123,6 +123,9 @@ class Past:
     upgrades: int  # that worked, this one included
     upgrades_failed: int
     cut: int  # sessions that draining workers had to end
+    last_good: bool
+    save_failures: int
+    save_error: str | None
 
 
 @dataclass(frozen=True, slots=True)

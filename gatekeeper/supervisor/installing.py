@@ -1,18 +1,22 @@
 """Putting a compiled policy in force everywhere: sockets, workers, kernel. In all of them, or in none.
 
     accept ──► load the kernel's program ──► open sockets ──► change over in all workers ──► swap the kernel's program
-       │              │                          │                      │
-       └──────────────┴───── a step fails: what the steps before it made is taken back, nothing has changed
+       │              │                          │                      │                          │
+       └──────────────┴──── a step fails: what the steps before it did is taken back, nothing has changed
+
+A policy can be put in force on trial: the one before it stays ready, with its program, until the trial has ended.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from gatekeeper.errors import KernelError, ListenError, SnapshotError
 from gatekeeper.snapshot.bindings import SlotsExhausted
 from gatekeeper.supervisor.accepted import Accepted, accept, endpoints
-from gatekeeper.supervisor.change import Change
+from gatekeeper.supervisor.change import PATIENCE_S, Change
 from gatekeeper.supervisor.enforcing import how_guarded
 
 if TYPE_CHECKING:
@@ -23,6 +27,19 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.listening import Opened, Opener
     from gatekeeper.supervisor.loop import Loop
+
+REJUDGE_PATIENCE_S = 60.0
+BEHIND_S = 0.05  # until workers that came up during the change are looked at again
+MOST_COUNTED = 1 << 32  # sessions; workers say so themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How live sessions fared: how many were judged again and ended; ``missing``: workers that did not answer."""
+
+    judged: int = 0
+    ended: int = 0
+    missing: tuple[int, ...] = ()
 
 
 class Installer:
@@ -35,15 +52,24 @@ class Installer:
         self._opener = opener
         self._crew = crew
         self._enforcer = enforcer
-        self._closing: list[Opened] = []  # removed by the change under way
+        self._spare: tuple[Accepted, Judge | None] | None = None  # what a trial goes back to
+        self._involved: list[Accepted] = []  # in the change under way
 
     @property
     def changing(self) -> bool:
         """Whether a policy is on its way to the workers."""
         return self._crew.change is not None
 
-    def install(self, snapshot_fd: int, done: Callable[[str | None], None]) -> None:
-        """Put a snapshot in force; ``done`` is called with the reason why not, or ``None``. Takes over ``snapshot_fd``."""
+    @property
+    def spare(self) -> Accepted | None:
+        """The policy that a trial goes back to, ``None`` when there is no trial."""
+        return self._spare[0] if self._spare is not None else None
+
+    def install(self, snapshot_fd: int, done: Callable[[str | None], None], *, on_trial: bool = False) -> None:
+        """Put a snapshot in force; ``done`` is called with the reason why not, or ``None``. Takes over ``snapshot_fd``.
+
+        ``on_trial``: what is in force now can be put back, by `put_back`, until `settle`.
+        """
         self._generation += 1
         try:
             new = accept(snapshot_fd, self._generation, self.policy.bindings)
@@ -55,12 +81,106 @@ class Installer:
             judge = self._judge(new)
             fresh = self._opener.open_all(endpoints(new.meta), self.policy.opened)
         except (KernelError, ListenError) as err:
-            if judge is not None and self._enforcer is not None:
-                self._enforcer.discard(judge)
-            new.close()
+            self._give_up(new, judge)
             done(str(err))
             return
-        self._change_over(new, fresh, judge, done)
+        old = self.policy
+        new.opened = _wanted(new, old.opened | fresh)
+
+        def changed(failure: str | None) -> None:
+            if failure is not None:
+                self._leave(new, old)
+                self._give_up(new, judge)
+                done(failure)
+                return
+            try:
+                before = self._swap(judge, new, keep=on_trial)
+            except KernelError as err:
+                why = str(err)
+                if judge is not None and self._enforcer is not None:
+                    self._enforcer.discard(judge)
+                self._return_to(old, lambda failed: done(why if failed is None else _half(why, failed)))
+                return
+            self._leave(old, new)
+            if on_trial:
+                self._spare = old, before
+            else:
+                old.close()
+            done(None)
+
+        self._change(new, changed)
+
+    def put_back(self, done: Callable[[str | None], None]) -> None:
+        """End a trial: put the policy before it back in force, and open again what the trial had closed.
+
+        ``done`` is called with ``None``, or with what is not as it was: an address that somebody else has by now is
+        left out, rather than leaving everything as it is.
+        """
+        assert self._spare is not None
+        (old, judge), trial = self._spare, self.policy
+        try:
+            again = self._again(old)
+        except OSError as err:
+            done(f"{err.strerror}")
+            return
+        again.opened, failures = self._open_again(again)
+
+        def changed(failure: str | None) -> None:
+            if failure is not None:
+                self._leave(again, trial)
+                again.close()
+                done(failure)
+                return
+            try:
+                self._swap(judge, again)
+            except KernelError as err:
+                failures.append(f"workers have it, the kernel still has the policy on trial: {err}")
+            self._leave(trial, again)
+            self._spare = None
+            old.close()
+            trial.close()
+            done("\n".join(failures) or None)
+
+        self._change(again, changed)
+
+    def put_back_kernel(self) -> None:
+        """End a trial where it would outlive us: in the kernel. For a service that stops.
+
+        Raises:
+            KernelError: the policy on trial stays in force there.
+        """
+        if self._spare is not None:
+            old, judge = self._spare
+            self._spare = old, None
+            self._swap(judge, old)
+
+    def settle(self) -> None:
+        """End a trial: the policy in force stays, the one before it is given up."""
+        if self._spare is not None:
+            old, judge = self._spare
+            self._spare = None
+            if judge is not None and self._enforcer is not None:
+                self._enforcer.let_go(judge)
+            old.close()
+
+    def judge_again(self, done: Callable[[Judged], None], patience_s: float = PATIENCE_S) -> None:
+        """Let all live sessions be judged by the policy in force, and end those that it refuses."""
+        generation = self.policy.generation
+        behind = {worker.index for worker in self._crew.workers if worker.generation not in {0, generation}}
+        if behind and patience_s > 0:
+            # They came up during the change, with the policy before, and are on their way to this one.
+            self._loop.later(BEHIND_S, lambda: self.judge_again(done, patience_s - BEHIND_S))
+            return
+        asked = {worker.index: worker.child for worker in self._crew.workers}
+
+        def answered(answers: dict[int, dict[str, Any]], missing: list[int]) -> None:
+            judged, ended = (sum(_count(answer.get(key)) for answer in answers.values()) for key in ("judged", "ended"))
+            # The sessions of a worker that has ended have ended, too.
+            silent = {index for index in missing if self._crew.workers[index].child is asked[index]}
+            done(Judged(judged, ended, tuple(sorted(behind | silent))))
+
+        order = {"op": "rejudge", "generation": generation}
+        self._crew.ask(order, rows=lambda _worker, _rows: None, done=answered, patience_s=REJUDGE_PATIENCE_S)
 
     def abort(self, why: str) -> None:
         """Take back what is under way, if that can still be done."""
@@ -70,8 +190,11 @@ class Installer:
 
     def close(self) -> None:
         """Close all listening sockets of ours."""
-        for opened in [*self.policy.opened.values(), *self._closing]:
-            opened.close()
+        for policy in (self.policy, *self._involved):
+            for opened in policy.opened.values():
+                opened.close()
+
+    # -- the steps
 
     def _judge(self, new: Accepted) -> Judge | None:
         """Return the next policy as the kernel will enforce it, ``None`` when it does not.
@@ -85,38 +208,111 @@ class Installer:
             raise KernelError("a listener is guarded now, and the kernel does not refuse for us yet: that takes a restart")
         return None
 
-    def _change_over(
-        self, new: Accepted, fresh: dict[str, Opened], judge: Judge | None, done: Callable[[str | None], None]
-    ) -> None:
-        """Put a policy in force whose new endpoints are ``fresh``; when that fails they are closed again.
+    def _swap(self, judge: Judge | None, policy: Accepted, *, keep: bool = False) -> Judge | None:
+        """Let the kernel follow the workers; return the program before.
 
-        ``judge`` is the same policy in the kernel, which follows when all workers have it.
+        Raises:
+            KernelError: it still has the one before.
         """
-        crew, old = self._crew, self.policy
-        wanted = {item.key for item in endpoints(new.meta)}
-        new.opened = {key: opened for key, opened in (old.opened | fresh).items() if key in wanted}
-        self._closing = [opened for key, opened in old.opened.items() if key not in wanted]
+        return self._enforcer.swap(judge, policy, keep=keep) if judge is not None and self._enforcer is not None else None
+
+    def _change(self, new: Accepted, done: Callable[[str | None], None]) -> None:
+        """Put a policy in force in all workers, or in none. Its sockets are open; closing others is up to ``done``."""
+        crew = self._crew
+        self._involved = [self.policy, new]
 
         def committing() -> None:
             self.policy = crew.policy = new
             if crew.observer is not None:
                 # Before any worker can speak of what is new in it. What was in the old one keeps its number.
                 crew.observer.policy(new)
+            crew.leaving.enforce(new)
 
         def changed(failure: str | None) -> None:
             crew.change = None
-            (old if failure is None else new).close()
-            for opened in self._closing if failure is None else fresh.values():
-                self._opener.close(opened)
-            self._closing = []
+            self._involved = []
             if failure is None:
                 crew.bring_up_to_date()
-            try:
-                if judge is not None and self._enforcer is not None:
-                    self._enforcer.swap(judge, new) if failure is None else self._enforcer.discard(judge)
-            except KernelError as err:
-                failure = f"workers have the new policy, the kernel still has the one before: {err}"
             done(failure)
 
         crew.change = Change(self._loop, new, crew.those_serving(), committing, changed)
         crew.change.begin()
+
+    def _return_to(self, old: Accepted, done: Callable[[str | None], None]) -> None:
+        """Put the policy back that was in force a moment ago, and whose sockets are still open."""
+        new = self.policy
+        try:
+            again = self._again(old)
+        except OSError as err:
+            self._leave(old, new)
+            old.close()
+            done(f"{err.strerror}")
+            return
+
+        def changed(failure: str | None) -> None:
+            left, kept = (new, again) if failure is None else (again, new)
+            self._leave(left, kept)
+            left.close()
+            old.close()
+            done(failure)
+
+        self._change(again, changed)
+
+    def _again(self, old: Accepted) -> Accepted:
+        """Return an earlier policy as a new generation. Names that came after it keep their counters.
+
+        Raises:
+            OSError: no descriptors.
+        """
+        self._generation += 1
+        bindings = self.policy.bindings.bind(self._generation, old.meta)
+        fd = os.dup(old.snapshot_fd)
+        return Accepted(self._generation, old.meta, bindings, bindings.to_json(), fd, _wanted(old, old.opened))
+
+    def _open_again(self, policy: Accepted) -> tuple[dict[str, Opened], list[str]]:
+        """Return the sockets of an earlier policy, those that were closed opened anew, and why some could not be."""
+        have = _wanted(policy, self.policy.opened)
+        missing = [item for item in endpoints(policy.meta) if item.key not in have]
+        try:
+            return have | self._opener.open_all(missing, self.policy.opened), []
+        except ListenError:
+            failures = []
+        for item in sorted(missing, key=lambda one: one.family != 6):
+            try:
+                have |= self._opener.open_all([item], self.policy.opened | have)
+            except ListenError as err:
+                failures.append(str(err))
+        return have, failures
+
+    def _leave(self, left: Accepted, kept: Accepted) -> None:
+        """Close the sockets of a policy that another has no use for."""
+        for key, opened in left.opened.items():
+            if kept.opened.get(key) is not opened:
+                self._opener.close(opened)
+
+    def _give_up(self, new: Accepted, judge: Judge | None) -> None:
+        if judge is not None and self._enforcer is not None:
+            self._enforcer.discard(judge)
+        new.close()
+
+
+def listening(policy: Accepted) -> set[tuple[str, str, str]]:
+    """Return (listener, protocol, address) of all endpoints that a policy listens at, or guards."""
+    listeners = policy.meta["listeners"]
+    return {
+        (listeners[item["listener"]]["name"], item["protocol"], item["address"]) for item in policy.meta["endpoints"]
+    }
+
+
+def _wanted(policy: Accepted, opened: dict[str, Opened]) -> dict[str, Opened]:
+    wanted = {item.key for item in endpoints(policy.meta)}
+    return {key: one for key, one in opened.items() if key in wanted}
+
+
+def _half(why: str, failed: str) -> str:
+    return f"workers have the new policy, the kernel still has the one before: {why}; going back failed too: {failed}"
+
+
+def _count(value: object) -> int:
+    """Return a number that a worker has said, within reason."""
+    return min(max(value, 0), MOST_COUNTED) if isinstance(value, int) else 0

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gatekeeper.snapshot.bindings import Bindings
+    from gatekeeper.supervisor.accepted import Accepted
     from gatekeeper.supervisor.handover import OldWorker, State
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.loop import Loop
@@ -33,7 +34,7 @@ _SLOT_BYTES = 8
 class Leaving:
     """All that are on their way out. Owns ``retired_fd``, the counters of those who are gone (``None``: nobody is).
 
-    The crew sets ``changed``: somebody has gone, these rows are in the block of the retired now.
+    The crew sets ``changed``: these have gone, and what they counted is in the block of the retired now.
     """
 
     def __init__(self, loop: Loop, log: Log, first_row: int) -> None:
@@ -41,7 +42,7 @@ class Leaving:
         self.workers: list[Worker] = []
         self.retired_fd: int | None = None
         self.cut = 0  # sessions that had to be ended
-        self.changed: Callable[[list[int]], None] = lambda _rows: None
+        self.changed: Callable[[list[Worker]], None] = lambda _gone: None
         self._loop = loop
         self._log = log
         self._next_row = first_row
@@ -71,6 +72,17 @@ class Leaving:
 
     # -- their last days
 
+    def enforce(self, policy: Accepted) -> None:
+        """Let them judge what they have by a newer policy.
+
+        It is put in force without asking first: one whose code cannot read it ends, and its sessions with it. That is
+        rare, and the other way out would be to leave sessions alone that the policy refuses.
+        """
+        for worker in self.workers:
+            worker.offer(policy, sockets=False)
+            worker.commit(policy)
+            worker.generation = policy.generation
+
     def drain(self, deadline_s: float) -> None:
         """Let those who still accept stop, and all of them leave within ``deadline_s`` from now."""
         deadline = time.monotonic() + deadline_s
@@ -99,7 +111,7 @@ class Leaving:
         if gone:
             self._retire((worker.counters_fd for worker in gone if worker.counters_fd is not None), bindings)
             self.workers = [worker for worker in self.workers if worker not in gone]
-            self.changed([worker.index for worker in gone])
+            self.changed(gone)
             for worker in gone:
                 worker.close()
             if not self.workers:

@@ -166,6 +166,10 @@ class Observer:
             self._unheard = [*self._unheard[1 - _MOST_EVENTS :], event]
         self._tell({"op": "event", "event": event})
 
+    def tail(self, fd: int) -> None:
+        """Let it write audit lines to this socket, too."""
+        self._tell({"op": "tail"}, [fd])
+
     def reopen_audit(self) -> None:
         """Open the audit file anew, as log rotation asks for.
 

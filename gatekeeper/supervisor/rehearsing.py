@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gatekeeper import __version__
 from gatekeeper.errors import GatekeeperError
 from gatekeeper.kernel import privileges
-from gatekeeper.proxy.gate import Terms
+from gatekeeper.proxy.gate import Prepared, Terms, ephemeral_ports
 from gatekeeper.snapshot.reader import Snapshot
 from gatekeeper.supervisor import child as children
 from gatekeeper.supervisor import handover, succession
@@ -46,7 +46,7 @@ def prove(asked: handover.Incoming, commands: Commands, log: Log) -> int:
         succession.http_of(left)
         _see_terms(policy)
         why = _Rehearsal(commands, policy, log).run()
-    except (GatekeeperError, OSError, LookupError, TypeError, ValueError) as err:
+    except Exception as err:  # noqa: BLE001 - whatever it is, it is the answer
         why = str(err) if isinstance(err, GatekeeperError) else f"{type(err).__name__}: {err}"
     report = {"proved": why is None, "error": why, "version": __version__}
     os.write(asked.report, json.dumps(report).encode())
@@ -58,8 +58,9 @@ def prove(asked: handover.Incoming, commands: Commands, log: Log) -> int:
 def _see_terms(policy: Accepted) -> None:
     """See that a worker of this version finds all it needs in a policy that another version has compiled."""
     snapshot = Snapshot(memoryview(mmap.mmap(policy.snapshot_fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)))
+    prepared = Prepared(policy.generation, snapshot, policy.bindings, ephemeral_ports())
     for index in range(len(policy.meta["endpoints"])):
-        Terms(snapshot, policy.bindings, index)
+        Terms(prepared, index)
 
 
 class _Rehearsal:

@@ -1,150 +1,385 @@
 """Reload: from the request to an outcome that everybody is told.
 
-    request ──► compile ──► install ──► told: log, audit log, metrics, service manager ──► the next request
+    asked ──► compile ──► install ──► live sessions judged again ──► last good policy saved ──► told ──► the next
+                             │                      ▲
+                             └─ on trial: told ── confirmed in time; otherwise the policy before it is put back
 
 One at a time. What is asked for meanwhile comes afterwards, all of it in one reload.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gatekeeper.supervisor import places
-from gatekeeper.supervisor.compiling import Compilation, Compiled
+from gatekeeper.errors import KernelError
+from gatekeeper.supervisor import lastgood, places
+from gatekeeper.supervisor.accepted import digest_of
+from gatekeeper.supervisor.installing import Judged, listening
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from gatekeeper.kernel.notify import Notifier
+    from gatekeeper.supervisor.accepted import Accepted
+    from gatekeeper.supervisor.compiling import Compiled, Compiler
     from gatekeeper.supervisor.crew import Crew
     from gatekeeper.supervisor.installing import Installer
+    from gatekeeper.supervisor.lastgood import Disk
     from gatekeeper.supervisor.log import Log
-    from gatekeeper.supervisor.loop import Loop
+    from gatekeeper.supervisor.loop import Loop, Timer
     from gatekeeper.supervisor.standing import Standing
 
 NEEDS_RESTART = ("workers", "metrics", "audit", "control", "state", "kernel")
+PUT_BACK_AGAIN_S = 5.0  # after the policy before a trial could not be put back
 
 
-class Compiler:
-    """Compiles the rule file of the service, one time at a time."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How what was asked for ended. ``failure``: why not, in one line; ``text``: what the compiler printed, for people.
 
-    def __init__(self, loop: Loop, log: Log, command: Sequence[str], path: str) -> None:
-        self._loop = loop
-        self._log = log
-        self._command = command
-        self._path = path
-        self._compilation: Compilation | None = None
+    ``refused``: the policy itself is to blame. ``result`` is what the control socket answers.
+    """
 
-    @property
-    def busy(self) -> bool:
-        """Whether the compiler runs."""
-        return self._compilation is not None
+    failure: str | None = None
+    text: str = ""
+    refused: bool = False
+    result: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, done: Callable[[Compiled], None]) -> None:
-        """Run the compiler; ``done`` is called with what came out, unless it is cancelled."""
 
-        def compiled(result: Compiled) -> None:
-            self._compilation = None
-            done(result)
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A reload that somebody wants; ``cause`` is a word of the audit log: signal, command or watch.
 
-        try:
-            self._compilation = Compilation(self._loop, self._command, self._path, compiled)
-        except OSError as err:
-            done(Compiled(None, failure=f"the compiler cannot be started: {err}"))
+    ``confirm_s``: on trial for so long. ``unless``: nothing is to happen when the file still holds the policy of this
+    digest.
+    """
 
-    def poll(self) -> None:
-        """See whether it has ended. Called on SIGCHLD."""
-        if self._compilation is not None:
-            self._compilation.poll()
+    cause: str
+    by: int | None = None
+    confirm_s: float | None = None
+    unless: str | None = None
+    progress: Callable[[str], None] = lambda _text: None
+    answer: Callable[[Outcome], None] = lambda _outcome: None
 
-    def cancel(self) -> None:
-        """Stop it, if it runs."""
-        if self._compilation is not None:
-            self._compilation.cancel()
 
-    def tell_problems(self, compiled: Compiled) -> str:
-        """Print what the compiler found; return in one line why the file was not accepted."""
-        refused = compiled.snapshot_fd is None
-        if compiled.text:
-            self._log.plain(compiled.text, error=refused)
-        if compiled.failure is not None:
-            return compiled.failure
-        what = "1 problem" if compiled.problems == 1 else f"{compiled.problems} problems"
-        return f"{self._path} is not a policy that can be applied ({what})"
+@dataclass(slots=True)
+class Trial:
+    """A policy in force that nobody has confirmed yet. ``until`` is Unix time."""
+
+    digest: str
+    before: str
+    until: float
+    timer: Timer
 
 
 class Reloader:
-    """Reloads the rule file of a service that serves. ``installer`` puts in force what was compiled."""
+    """Reloads the rule file of a service that serves. ``installer`` puts in force what was compiled.
+
+    ``directory`` is where the last good policy is kept, ``None``: it is not.
+    """
 
     def __init__(
-        self, log: Log, compiler: Compiler, installer: Installer, crew: Crew, standing: Standing, notifier: Notifier
-    ) -> None:
+        self, loop: Loop, log: Log, compiler: Compiler, installer: Installer, crew: Crew, standing: Standing,
+        notifier: Notifier, disk: Disk, directory: str | None,
+    ) -> None:  # fmt: skip
+        self.trial: Trial | None = None
+        self._loop = loop
         self._log = log
         self._compiler = compiler
         self._installer = installer
         self._crew = crew
         self._standing = standing
         self._notifier = notifier
+        self._disk = disk
+        self._directory = directory
         self.settings: dict[str, Any] = installer.policy.meta["settings"]  # with which the service was started
-        self._wanted = False
+        self._waiting: deque[Ask] = deque()
+        self._asks: list[Ask] = []  # what the reload under way answers
+        self._active = False
+        self._put_back_again: Timer | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a reload is under way."""
-        return self._compiler.busy or self._installer.changing
+        """Whether a reload, a confirmation or a rollback is under way."""
+        return self._active
 
-    def request(self) -> None:
-        """Reload, now or as soon as the service serves and no other reload is under way."""
-        self._wanted = True
+    def request(self, ask: Ask) -> None:
+        """Reload, now or as soon as the service serves and nothing else is under way.
+
+        While a policy is on trial nothing is reloaded: a command is refused, a signal remembered.
+        """
+        trial = self.trial
+        if trial is not None:
+            why = f"the policy {trial.digest[:12]} waits to be confirmed until {_clock(trial.until)}"
+            if ask.cause == "command":
+                ask.answer(Outcome(f"{why}: `gatekeeper confirm` or `gatekeeper rollback` comes first"))
+                return
+            self._log.warning(f"{why}; the file is read again after that")
+        self._waiting.append(ask)
         self.go_on()
 
     def go_on(self) -> None:
         """Begin what was asked for, if it can begin."""
-        if self._wanted and self._standing.serving and not self._standing.stopping and not self.busy:
+        standing = self._standing
+        if self._waiting and self.trial is None and standing.serving and not standing.stopping and not self._active:
             self._begin()
 
     def stop(self) -> None:
-        """Let go of a reload that can still be let go of: the service stops."""
+        """Let go of what can still be let go of, a policy on trial included: the service stops."""
         self._compiler.cancel()
         self._installer.abort("the service stops")
+        if self.trial is not None:
+            self._end_trial()
+            try:
+                self._installer.put_back_kernel()
+            except KernelError as err:
+                self._log.error(f"the policy that nobody has confirmed stays in force in the kernel: {err}")
+        for ask in [*self._asks, *self._waiting]:
+            ask.answer(Outcome("the service stops"))
+        self._asks.clear()
+        self._waiting.clear()
+
+    # -- the steps of a reload
 
     def _begin(self) -> None:
-        self._wanted = False
+        self._asks = [self._waiting.popleft()]
+        while self._asks[0].confirm_s is None and self._waiting and self._waiting[0].confirm_s is None:
+            self._asks.append(self._waiting.popleft())
+        self._active = True
         self._notifier.reloading()
         if self._crew.observer is not None:
             try:
                 self._crew.observer.reopen_audit()
             except places.PlaceError as err:
                 self._log.error(f"{err}; going on with the old one")
+        self._say("compiling")
         self._compiler.start(self._compiled)
 
     def _compiled(self, compiled: Compiled) -> None:
         why = self._compiler.tell_problems(compiled)
         if compiled.snapshot_fd is None:
-            self._ended(why, compiled.first)
-        else:
-            self._installer.install(compiled.snapshot_fd, self._ended)
+            self._ended(Outcome(why, compiled.text or why, refused=compiled.failure is None), compiled.first)
+            return
+        digest, confirm_s = digest_of(compiled.snapshot_fd), self._asks[0].confirm_s
+        if self._needless(digest):
+            os.close(compiled.snapshot_fd)
+            self._over()
+        elif confirm_s is not None and digest is not None and self._directory is not None:
+            directory, snapshot_fd = self._directory, compiled.snapshot_fd
 
-    def _ended(self, failure: str | None, detail: str = "") -> None:
+            def noted(failure: str | None) -> None:
+                if failure is not None:
+                    self._log.warning(f"a restart before the policy is confirmed would start with it: {failure}")
+                self._install(snapshot_fd)
+
+            self._disk.run(lambda: lastgood.note_trial(directory, digest), noted)
+        else:
+            self._install(compiled.snapshot_fd)
+
+    def _needless(self, digest: str | None) -> bool:
+        """Whether nothing has to happen, since nothing has changed and nobody insists."""
+        if any(ask.cause != "watch" and ask.unless is None for ask in self._asks):
+            return False
+        if digest in {ask.unless for ask in self._asks if ask.unless is not None}:
+            self._log.warning("the file still holds the policy that was rolled back; it is not applied again unasked")
+            return True
+        return digest == self._installer.policy.meta["digest"] and self._standing.reload_error is None
+
+    def _install(self, snapshot_fd: int) -> None:
+        before, confirm_s = self._installer.policy, self._asks[0].confirm_s
+        endpoints = listening(before)
+        self._say("changing over")
+
+        def installed(failure: str | None) -> None:
+            if failure is not None:
+                self._ended(Outcome(failure))
+                return
+            policy = self._installer.policy
+            result = {
+                "changed": policy.meta["digest"] != before.meta["digest"],
+                "policy": policy.meta["digest"], "before": before.meta["digest"], "judged": 0, "ended": 0,
+                "listeners_opened": _named(listening(policy) - endpoints),
+                "listeners_closed": _named(endpoints - listening(policy)),
+                "confirm_within_s": confirm_s,
+            }  # fmt: skip
+            if confirm_s is None:
+                self._take_effect(lambda more: self._ended(Outcome(result=result | more)))
+            else:
+                self._start_trial(confirm_s, before)
+                self._ended(Outcome(result=result))
+
+        self._installer.install(snapshot_fd, installed, on_trial=confirm_s is not None)
+
+    def _take_effect(self, done: Callable[[dict[str, Any]], None]) -> None:
+        """Let the policy in force reach live sessions too, and make it the last good one."""
+
+        def judged(found: Judged) -> None:
+            for index in found.missing:
+                self._log.warning(f"worker {index} did not say whether it has ended the sessions that are now refused")
+            result = {"judged": found.judged, "ended": found.ended, "not_judged_by": list(found.missing)}
+            self.save(lambda failure: done(result | {"saved": failure is None and self._directory is not None}))
+
+        if self._installer.policy.meta["settings"]["on_reload"] == "keep":
+            judged(Judged())
+        else:
+            self._say("judging live sessions")
+            self._installer.judge_again(judged)
+
+    def save(self, done: Callable[[str | None], None] = lambda _failure: None) -> None:
+        """Make the policy in force the last good one; ``done`` is called with the reason why not, or ``None``."""
+        policy, directory = self._installer.policy, self._directory
+        if directory is None:
+            done(None)
+            return
+
+        def saved(failure: str | None) -> None:
+            self._standing.note_saved(failure)
+            if failure is not None:
+                self._log.error(f"the policy {policy.name} is in force, but not saved in {directory}: {failure}")
+                self._crew.tell_state()
+            done(failure)
+
+        try:
+            copy = os.dup(policy.snapshot_fd)
+        except OSError as err:
+            saved(err.strerror)
+            return
+
+        def job() -> None:
+            try:
+                lastgood.save(directory, copy, policy.meta["digest"])
+            finally:
+                os.close(copy)
+
+        self._disk.run(job, saved)
+
+    def _ended(self, outcome: Outcome, detail: str = "") -> None:
         """Tell everybody how a reload ended, and begin the next if one was asked for meanwhile.
 
         ``detail`` is for those who do not see stderr, where it was printed already.
         """
-        policy = self._installer.policy
+        policy, failure = self._installer.policy, outcome.failure
         self._standing.note_reload(failure, detail)
-        summary = self._standing.summary(self._crew)
         if failure is None:
-            self._log.info(f"reloaded: {summary}")
+            self._log.info(f"reloaded: {self._standing.summary(self._crew)}{_fates(outcome.result)}")
             self._warn_of_settings(policy.meta["settings"])
+            if self.trial is not None:
+                self._log.warning(f"goes back to {self.trial.before[:12]} at {_clock(self.trial.until)}, unless confirmed")
         else:
             self._log.error(f"{failure}\nreload failed: the policy {policy.name} stays in force")
-        self._crew.event("reload", success=failure is None, error=self._standing.reload_error, policy=policy.meta["digest"])
+        ask = self._asks[0]
+        result = {key: outcome.result.get(key) for key in ("before", "judged", "ended", "confirm_within_s")}
+        self._crew.event(
+            "reload", success=failure is None, error=self._standing.reload_error, policy=policy.meta["digest"],
+            **result, cause=ask.cause, by=ask.by,
+        )  # fmt: skip
+        self._over(outcome)
+
+    def _over(self, outcome: Outcome | None = None) -> None:
+        """Answer everybody who waits for what was under way, and go on."""
+        asks, self._asks, self._active = self._asks, [], False
         self._crew.tell_state()
+        for ask in asks:
+            ask.answer(outcome or Outcome())
         if not self._standing.stopping:
-            self._notifier.ready(summary)
+            self._notifier.ready(self._standing.summary(self._crew))
             self.go_on()
+
+    # -- trials
+
+    def _start_trial(self, confirm_s: float, before: Accepted) -> None:
+        digest = self._installer.policy.meta["digest"]
+        timer = self._loop.later(confirm_s, lambda: self.roll_back("deadline"))
+        self.trial = Trial(digest, before.meta["digest"], time.time() + confirm_s, timer)
+        self._standing.unconfirmed = {"policy": digest, "before": before.meta["digest"], "until": self.trial.until}
+
+    def _end_trial(self) -> None:
+        for timer in (self.trial.timer if self.trial is not None else None, self._put_back_again):
+            if timer is not None:
+                timer.cancel()
+        self.trial = self._put_back_again = self._standing.unconfirmed = None
+
+    def confirm(self, by: int | None, answer: Callable[[Outcome], None]) -> None:
+        """Keep the policy on trial: now live sessions are judged by it, and it becomes the last good one."""
+        trial = self.trial
+        if trial is None or self._active:
+            answer(Outcome("no policy waits to be confirmed" if trial is None else "another change is under way"))
+            return
+        self._active = True
+        self._end_trial()
+        self._installer.settle()
+
+        def done(result: dict[str, Any]) -> None:
+            policy = self._installer.policy
+            self._log.info(f"confirmed: the policy {policy.name}{_fates(result)}")
+            self._crew.event(
+                "confirm", policy=policy.meta["digest"], before=trial.before,
+                judged=result["judged"], ended=result["ended"], by=by,
+            )  # fmt: skip
+            answer(Outcome(result={"policy": policy.meta["digest"], "before": trial.before} | result))
+            self._over()
+
+        self._take_effect(done)
+
+    def roll_back(self, cause: str, by: int | None = None, answer: Callable[[Outcome], None] = lambda _outcome: None) -> None:
+        """Put the policy back that was in force before the one on trial; ``cause`` is deadline or command."""
+        trial = self.trial
+        if trial is None or self._active:
+            answer(Outcome("no policy waits to be confirmed" if trial is None else "another change is under way"))
+            return
+        self._active = True
+        trial.timer.cancel()
+
+        def done(failure: str | None) -> None:
+            name = self._installer.policy.name
+            if self._installer.spare is not None:
+                self._log.error(f"{failure}\nthe policy {name} on trial could not be rolled back; trying again")
+                self._put_back_again = self._loop.later(PUT_BACK_AGAIN_S, lambda: self.roll_back(cause, by))
+                answer(Outcome(failure))
+                self._over()
+                return
+            self._end_trial()
+            why = "was not confirmed in time" if cause == "deadline" else "was rolled back"
+            error = f"the policy {trial.digest[:12]} {why}; {name} is in force again"
+            self._standing.note_reload(error, failure or "")
+            self._log.warning(error)
+            if failure is not None:
+                self._log.error(failure)
+            self._crew.event(
+                "rollback", policy=trial.before, before=trial.digest, cause=cause, by=by, error=failure
+            )
+            # What was remembered meanwhile must not bring back what was just rolled back.
+            self._waiting = deque(Ask(ask.cause, ask.by, unless=trial.digest) for ask in self._waiting)
+            answer(Outcome(failure, result={"policy": trial.before, "before": trial.digest}))
+            self._over()
+
+        self._installer.put_back(done)
+
+    # -- saying how it is
+
+    def _say(self, text: str) -> None:
+        for ask in self._asks:
+            ask.progress(text)
 
     def _warn_of_settings(self, settings: dict[str, Any]) -> None:
         for name in NEEDS_RESTART:
             if settings.get(name) != self.settings.get(name):
                 self._log.warning(f"`{name}` has changed in the file; that takes a restart")
+
+
+def _named(found: set[tuple[str, str, str]]) -> list[dict[str, str]]:
+    return [{"listener": name, "protocol": protocol, "address": address} for name, protocol, address in sorted(found)]
+
+
+def _fates(result: dict[str, Any]) -> str:
+    ended = result.get("ended", 0)
+    return f"; {ended} {'session' if ended == 1 else 'sessions'} ended that it refuses" if ended else ""
+
+
+def _clock(at: float) -> str:
+    return dt.datetime.fromtimestamp(at, dt.UTC).astimezone().strftime("%H:%M:%S")

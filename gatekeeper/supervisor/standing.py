@@ -21,6 +21,8 @@ class Standing:
     """Where the service stands. Times are Unix times; ``reload_error`` is ``None`` after a reload that worked.
 
     ``taking_over``: an upgrade is under way, and the workers of before it serve until the new ones do.
+    ``last_good``: the policy in force was read back from the state directory. ``unconfirmed`` is ``None``, or the policy
+    on trial: {"policy": digest, "before": digest, "until"}. ``save_failures``: times a policy could not be saved there.
     """
 
     serving: bool = False
@@ -33,6 +35,10 @@ class Standing:
     upgrades: int = 0
     upgrades_failed: int = 0
     upgrade_error: str | None = None
+    last_good: bool = False
+    unconfirmed: dict[str, Any] | None = None
+    save_failures: int = 0
+    save_error: str | None = None
 
     @classmethod
     def after(cls, past: Past) -> Standing:
@@ -40,13 +46,14 @@ class Standing:
         return cls(
             started=past.started, reloaded=past.reloaded, reload_error=past.reload_error, taking_over=True,
             restarts=past.restarts, upgrades=past.upgrades, upgrades_failed=past.upgrades_failed,
+            last_good=past.last_good, save_failures=past.save_failures, save_error=past.save_error,
         )  # fmt: skip
 
     def past(self, crew: Crew) -> Past:
         """Return what the next program in our place needs for `after`; it is one upgrade further."""
         return Past(
             self.started, self.reloaded, self.reload_error, self._restarts(crew.workers),
-            self.upgrades + 1, self.upgrades_failed, crew.leaving.cut,
+            self.upgrades + 1, self.upgrades_failed, crew.leaving.cut, self.last_good, self.save_failures, self.save_error,
         )  # fmt: skip
 
     def _restarts(self, workers: list[Worker]) -> int:
@@ -57,8 +64,14 @@ class Standing:
         if failure is None:
             self.reloaded = time.time()
             self.reload_error = None
+            self.last_good = False
         else:
             self.reload_error = f"{failure}: {detail}"[:_LONGEST_ERROR].rstrip(": ")
+
+    def note_saved(self, failure: str | None) -> None:
+        """Remember whether the policy in force could be saved."""
+        self.save_error = failure
+        self.save_failures += failure is not None
 
     def summary(self, crew: Crew | None) -> str:
         """Return one line for the log and the service manager."""
@@ -70,6 +83,10 @@ class Standing:
             names += f" and {len(listeners) - _MOST_NAMES} more"
         workers = "1 worker" if len(crew.workers) == 1 else f"{len(crew.workers)} workers"
         text = f"serving {names} with {workers}, policy {crew.policy.name}"
+        if self.last_good:
+            return f"{text}, the last good one: the rule file is of no use"
+        if self.unconfirmed is not None:
+            return f"{text}, not confirmed yet"
         return text if self.reload_error is None else f"{text}; the last reload failed"
 
     def state(self, crew: Crew | None) -> dict[str, Any]:
@@ -98,5 +115,9 @@ class Standing:
             "last_reload_successful": self.reload_error is None,
             "last_reload_timestamp": self.reloaded,
             "last_reload_error": self.reload_error,
+            "last_good": self.last_good,
+            "unconfirmed": self.unconfirmed,
+            "save_failures_total": self.save_failures,
+            "save_error": self.save_error,
             "started": self.started,
         }

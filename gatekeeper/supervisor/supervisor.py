@@ -26,13 +26,15 @@ from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
 from gatekeeper.supervisor import handover, listening, places, rehearsing, succession, upgrading
 from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
 from gatekeeper.supervisor.commands import Operators
+from gatekeeper.supervisor.compiling import Compiler
 from gatekeeper.supervisor.control import BadRequest, Control, Request
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.enforcing import Enforcer, leftover
 from gatekeeper.supervisor.handover import ControlSocket, Fd, HandoverError
 from gatekeeper.supervisor.installing import Installer
+from gatekeeper.supervisor.lastgood import Disk
 from gatekeeper.supervisor.loop import Loop
-from gatekeeper.supervisor.reloading import Compiler, Reloader
+from gatekeeper.supervisor.reloading import Ask, Reloader
 from gatekeeper.supervisor.standing import Standing
 from gatekeeper.supervisor.upgrading import Upgrader
 
@@ -69,6 +71,7 @@ class Supervisor:
         self._notifier = Notifier(os.environ)
         self._inherited = inherit.take(os.environ)
         self._standing = Standing()
+        self._disk = Disk(self._loop)
         self._compiler = Compiler(self._loop, log, options.commands.compiler, options.path)
         self._policy: Accepted | None = None  # the first; later ones are the installer's
         self._lock: int | None = None
@@ -168,7 +171,10 @@ class Supervisor:
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
         self._installer = Installer(self._loop, policy, opener, crew, self._enforcer)
-        self._reloader = Reloader(self._log, self._compiler, self._installer, crew, self._standing, self._notifier)
+        self._reloader = Reloader(
+            self._loop, self._log, self._compiler, self._installer, crew, self._standing, self._notifier, self._disk,
+            settings["state"],
+        )  # fmt: skip
         self._reloader.settings = settings
         self._upgrader = Upgrader(
             self._loop, self._log, self._options.program,
@@ -179,7 +185,7 @@ class Supervisor:
         )  # fmt: skip
         self._control.handlers["upgrade"] = self._asked_to_upgrade
         if self._hung_up:
-            self._reloader.request()
+            self._reloader.request(Ask("signal"))
         Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
         if left is None:
             self._control.begin(self._options.control, settings)
@@ -228,6 +234,7 @@ class Supervisor:
                 self._crew.event("start", pid=os.getpid(), policy=self._digest())
             self._crew.tell_state()
         if self._reloader is not None:
+            self._reloader.save()
             self._reloader.go_on()
 
     def _cannot_start(self, why: str) -> None:
@@ -237,7 +244,7 @@ class Supervisor:
     # -- upgrade
 
     def _restless(self) -> str | None:
-        if self._reloader is not None and self._reloader.busy:
+        if self._reloader is not None and (self._reloader.busy or self._reloader.trial is not None):
             return "a reload is under way"
         return self._crew.restless() if self._crew is not None else "it has not started"
 
@@ -255,6 +262,8 @@ class Supervisor:
             request.fail("the service does not serve: it starts or stops")
         elif upgrader.busy:
             request.fail("an upgrade is under way already")
+        elif self._reloader is not None and self._reloader.trial is not None:
+            request.fail("a policy waits to be confirmed: `gatekeeper confirm` or `gatekeeper rollback` comes first")
         else:
             before = {"before": __version__, "upgrades": self._standing.upgrades, "upgrades_failed": self._standing.upgrades_failed}
             upgrader.begin(
@@ -292,7 +301,7 @@ class Supervisor:
         elif number == signal.SIGHUP:
             self._hung_up = True
             if self._reloader is not None:
-                self._reloader.request()
+                self._reloader.request(Ask("signal"))
         elif self._standing.stopping or not self._standing.serving:
             self._stop_now()
         else:
@@ -348,6 +357,7 @@ class Supervisor:
     def _close(self) -> None:
         """Leave nothing behind, however far we came."""
         self._compiler.cancel()
+        self._disk.close()
         self._control.close()
         if self._crew is not None:
             self._crew.close()

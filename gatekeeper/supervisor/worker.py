@@ -180,11 +180,11 @@ class Worker:
         self.counters_fd, self._fresh_fd = self._fresh_fd, None
         self.state = State.READY
 
-    def offer(self, policy: Accepted) -> None:
+    def offer(self, policy: Accepted, *, sockets: bool = True) -> None:
         """Give it the sockets of a policy that it lacks, and the policy; it answers prepared or failed."""
         if self.child is None:
             return
-        for shard in (self.index, *sorted(self.covers)):
+        for shard in (self.index, *sorted(self.covers)) if sockets else ():
             self._hand_over(self.child, policy, shard)
         try:
             with policy.fds() as fds:
