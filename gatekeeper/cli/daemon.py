@@ -79,9 +79,8 @@ class Daemon:
             Refused: the daemon said no.
             Unreachable: it is gone, or said nothing for longer than our patience.
         """
-        request = {"v": VERSION, "op": op} | {key: value for key, value in args.items() if value is not None}
         try:
-            self._send(json.dumps(request, separators=(",", ":")).encode() + b"\n", fds)
+            self._send(_encode(op, args), fds)
             for message in self._messages():
                 if "ok" in message:
                     return self._answer(message)
@@ -89,15 +88,26 @@ class Daemon:
                     rows(message["rows"])
                 elif progress is not None and "progress" in message:
                     progress(str(message["progress"]))
-        except TimeoutError as err:
-            raise Unreachable(f"the daemon at {self.path} does not answer") from err
         except OSError as err:
-            raise Unreachable(f"the daemon at {self.path} hung up: {err.strerror}") from err
-        raise Unreachable(f"the daemon at {self.path} hung up before it answered")
+            raise self._lost(err) from err
+        raise self._lost()
 
-    def fileno(self) -> int:
-        """Return the descriptor: readable when the daemon says something unasked, which means that it is gone."""
-        return self._socket.fileno()
+    def begin(self, op: str, fds: Sequence[int] = (), **args: Any) -> None:
+        """Send a request whose answer comes only at its end, and return once the daemon has begun with it.
+
+        Raises:
+            Refused: the daemon said no.
+            Unreachable: it is gone, or said nothing for longer than our patience.
+        """
+        try:
+            self._send(_encode(op, args), fds)
+            message = next(self._messages(), None)
+        except OSError as err:
+            raise self._lost(err) from err
+        if message is None:
+            raise self._lost()
+        if "ok" in message:
+            self._answer(message)
 
     def close(self) -> None:
         """Hang up."""
@@ -111,6 +121,11 @@ class Daemon:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _lost(self, err: OSError | None = None) -> Unreachable:
+        if isinstance(err, TimeoutError):
+            return Unreachable(f"the daemon at {self.path} does not answer")
+        return Unreachable(f"the daemon at {self.path} hung up before it answered")
 
     def _answer(self, message: dict[str, Any]) -> Answer:
         fds, self._fds = self._fds, []
@@ -212,6 +227,11 @@ def control_option(command: Decorated) -> Decorated:
     return click.option(
         "--control", envvar=VARIABLE, metavar="PATH", help=f"The daemon's control socket; also {VARIABLE}.  [default: {default_places()[0]}]"
     )(command)
+
+
+def _encode(op: str, args: dict[str, Any]) -> bytes:
+    request = {"v": VERSION, "op": op} | {key: value for key, value in args.items() if value is not None}
+    return json.dumps(request, separators=(",", ":")).encode() + b"\n"
 
 
 def _why(err: OSError, places: list[str], place: str) -> str:

@@ -19,7 +19,11 @@ import click
 from gatekeeper import __version__
 from gatekeeper.cli.terminal import CANNOT, EXIT_CODES, Terminal, write_examples
 
-COMMANDS = ("run", "check", "explain", "schema", "doctor", "demo", "completion", "status", "upgrade")  # each a module of this package
+COMMANDS = (  # each a module of this package
+    "run", "check", "explain", "schema", "doctor", "demo", "completion",
+    "reload", "confirm", "rollback", "upgrade",
+    "status", "sessions", "top", "log", "cut", "ban", "unban", "bans",  # these ask the running daemon
+)  # fmt: skip
 COMPLETION = "_GATEKEEPER_COMPLETE"  # the variable in which the scripts of `gatekeeper completion` ask
 INTERRUPTED = 130  # what shells report for SIGINT
 NOBODY_READS = 141  # and for SIGPIPE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 
 from gatekeeper.config.files import writable_by
 from gatekeeper.config.lint import lint
@@ -33,7 +34,7 @@ def check(path: str, text: bytes | None = None) -> Loaded:
         ]
         problems += errors
         config = None if errors else config
-    return Loaded(config, sorted(set(problems)), loaded.texts)
+    return replace(loaded, config=config, problems=sorted(set(problems)))
 
 
 def _error(place: Place, message: str) -> Problem:

@@ -32,12 +32,17 @@ class TooManyProblems(Exception):
 
 
 class Files:
-    """The files of one load: their trees, texts, digests, and everything that is wrong with them."""
+    """The files of one load: their trees, texts, digests, and everything that is wrong with them.
+
+    ``sought`` are the paths that were read or could not be, ``patterns`` what was looked for: (folder, pattern in it).
+    """
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
         self.texts: dict[str, str] = {}
         self.read: list[str] = []
+        self.sought: list[str] = []
+        self.patterns: list[tuple[str, str]] = []
         self._hash = hashlib.sha256()
 
     def error(self, spot: Spot, code: str, message: str) -> None:
@@ -60,6 +65,7 @@ class Files:
         ``text`` is its content when the caller has it; ``named_at`` is where problems of the file as a whole are.
         """
         if text is None:
+            self.sought.append(path)
             try:
                 text = read(path)
             except Refused as err:
@@ -114,6 +120,7 @@ class Files:
             return []
         if not glob.has_magic(pattern):
             return [os.path.join(folder, pattern)]
+        self.patterns.append((folder, pattern))
         names = sorted(glob.glob(pattern, root_dir=folder or None), key=os.fsencode)
         if not names:
             self.warn(include.spot, "rule.include", f"no file matches {quote(pattern)}, so no rule stands here")

@@ -34,12 +34,16 @@ from gatekeeper.policy.model import Config, Place
 class Loaded:
     """What came of a rule file. ``config`` is ``None`` exactly when there is an error among ``problems`` (sorted).
 
-    ``texts`` are the texts of the files by name, for `render`; of list files only the lines that are wrong.
+    ``texts`` are the texts of the files by name, for `render`; of list files only the lines that are wrong. ``sought``
+    are the paths of all files that were wanted, ``patterns`` (folder, pattern) of those that includes look for: when
+    one of them changes, what came of the rule file may change too.
     """
 
     config: Config | None
     problems: list[Problem] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
+    sought: list[str] = field(default_factory=list)
+    patterns: list[tuple[str, str]] = field(default_factory=list)
 
 
 def load(path: str, text: bytes | None = None) -> Loaded:
@@ -83,7 +87,7 @@ def _loaded(config: Config | None, files: Files) -> Loaded:
         last = problems[-1].place
         behind = Place(last.file, last.line, last.column + 1)  # whoever sorts again
         problems.append(Problem(behind, Severity.ERROR, "file", "and more problems, which were not looked for"))
-    return Loaded(config, problems, files.texts)
+    return Loaded(config, problems, files.texts, files.sought, files.patterns)
 
 
 def _splice(root: Value, files: Files, real: str) -> None:
@@ -124,6 +128,7 @@ def _load_lists(root: Value, files: Files) -> dict[str, ListFile]:
         path = os.path.join(os.path.dirname(named.spot.place.file), named.data)
         try:
             if path not in read:
+                files.sought.append(path)
                 reading.check_readable(path)
                 read[path] = load_list(path)
                 files.note(path, read[path].digest)

@@ -49,7 +49,9 @@ def format_source(family: int, address: int) -> str:
     """Return an address as canonical text; family 0 is the peer of a unix socket."""
     if family == 0:
         return "unix"
-    return str(ipaddress.IPv4Address(address) if family == 4 else ipaddress.IPv6Address(address))
+    if family == 4:  # a quarter of the time that `ipaddress` takes, and there may be millions
+        return f"{address >> 24}.{address >> 16 & 255}.{address >> 8 & 255}.{address & 255}"
+    return str(ipaddress.IPv6Address(address))
 
 
 class Wide(Sequence[int]):
@@ -204,6 +206,19 @@ class Ranges:
                 text = format_source(self.family, at)
                 yield text if size == 1 else f"{text}/{bits + 1 - size.bit_length()}"
                 at += size
+
+    def count_addresses(self) -> int:
+        return sum(self.ends()) - sum(self.bounds[0::2])
+
+    def count_networks(self) -> int:
+        """Return how many `networks` there are, without making them."""
+        found = 0
+        for first, end in self._spans():
+            # Networks grow up to the most aligned address of the range, and shrink from there on.
+            bit = (first ^ end).bit_length() - 1
+            middle = end >> bit << bit
+            found += (middle - first).bit_count() + (end - middle).bit_count()
+        return found
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         """Yield (first, end), the end being the first address that is outside."""

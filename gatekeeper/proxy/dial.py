@@ -88,7 +88,8 @@ class Retry:
             session.dial_failed(errno.ETIMEDOUT)
             return
         del session.gate.shared.due[session.client.fd]
-        session.connect(session.backend.socket())
+        if session.connect() and session.speak():
+            session.begin()
 
     def fail(self) -> None:
         """See `Failing.fail`."""

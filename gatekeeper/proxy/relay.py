@@ -17,7 +17,6 @@ Reading and writing happen in one function on purpose: it saves a call per event
 from __future__ import annotations
 
 import _socket
-import os
 import select
 from os import read, splice, write
 from typing import TYPE_CHECKING
@@ -243,14 +242,11 @@ class Leg:
             self.sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0, self.fd)
         return self.sock
 
-    def close(self) -> None:
-        """Close the descriptor and drop what still waits."""
-        if self.sock is None:
-            os.close(self.fd)
-        else:
-            self.sock.close()
+    def release(self) -> int:
+        """Drop what still waits, and return the descriptor, which is the caller's to close."""
         if self.pending is not None or self.pipe is not None:
             self.drop_waiting()
+        return self.fd if self.sock is None else self.sock.detach()
 
     def drop_waiting(self) -> None:
         """Forget the bytes of this leg that were not delivered."""

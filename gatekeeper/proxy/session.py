@@ -42,6 +42,7 @@ class TcpSession:
         "began_s",
         "client",
         "destination",
+        "dialing",  # the backend has not answered yet
         "epoll",
         "flow",
         "gate",
@@ -58,7 +59,7 @@ class TcpSession:
     def __init__(
         self, gate: Gate, fd: int, slot: int, source: tuple[int, bytes, int], destination: tuple[bytes, int]
     ) -> None:
-        """Take over an accepted client. ``slot`` is its verdict's counter; call `dial` next."""
+        """Take over an accepted client. ``slot`` is its verdict's counter; `TcpGate.dial` comes next."""
         shared = gate.shared
         self.gate = gate
         self.terms = gate.terms
@@ -73,76 +74,94 @@ class TcpSession:
         self.undelivered: int | None = None
         self.flow = shared.report.flow_id()
         self.client = Leg(self, fd, None)
-        self.backend = self.client  # until `dial` has made one
+        self.backend = self.client  # until `open` has made one
+        self.dialing = True
         shared.sessions[fd] = self
         shared.open_fds += 2
         shared.counters[self.terms.block + SESSIONS_OPENED] += 1
 
-    # -- dialing
+    # -- dialing: one step after the other, each for all who were let in together (`TcpGate.dial`). A step says
+    # whether the next may follow; if not, the session waits for something, or is over.
 
-    def dial(self) -> None:
-        """Connect to the backend and send along what the client has already said."""
-        terms = self.terms
-        try:
-            sock = _socket.socket(terms.backend_family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
-        except OSError as err:
-            self.dial_failed(err.errno)
-            return
+    def hear(self) -> bool:
+        """Take what the client has already said: most clients speak first."""
         client = self.client
-        self.backend = backend = Leg(self, sock.fileno(), sock)
-        client.other, backend.other = backend, client
-        self.connect(sock)
-
-    def connect(self, sock: _socket.socket) -> None:
-        """Start to connect, once or again."""
-        terms, client, backend = self.terms, self.client, self.backend
-        error = sock.connect_ex(terms.backend_address)
-        if error and error != errno.EINPROGRESS:
-            if error == errno.EAGAIN and terms.backend_family == _socket.AF_UNIX:  # its queue is full
-                self.gate.shared.due[client.fd] = Retry(self)
-            else:
-                self.dial_failed(error)
-            return
-        if terms.may_meet_itself and sock.getsockname() == terms.backend_address:
-            self.dial_failed(errno.ELOOP)
-            return
-        # Nearby backends are connected by now, and most clients speak first: then their first bytes prove the
-        # connection, and waiting for it to become writable would be three more system calls.
         try:
             data = os.read(client.fd, CHUNK_BYTES)
         except BlockingIOError:
-            data = b""
-        except OSError:
-            self.lose(client)
-            return
-        else:
-            if not data:  # it has ended before it began; the backend is to see just that
-                client.ended = True
+            return True
+        except OSError:  # it has given up, and the backend need not know that there was somebody
+            self.finish(End.CLIENT_RESET)
+            return False
         if data:
             client.received = len(data)
             client.pending = data
-            try:
-                sent = os.write(backend.fd, data)
-            except BlockingIOError:
-                sent = 0
-            except OSError as err:
-                if err.errno in LOST:
-                    self.connected()
-                    self.lose(backend)
-                else:
-                    self.dial_failed(err.errno)
-                return
-            if sent:
-                client.pending = data[sent:] or None
+        else:  # it has ended before it began; the backend is to see just that
+            client.ended = True
+        return True
+
+    def open(self) -> bool:
+        """Make the backend's leg."""
+        try:
+            sock = _socket.socket(self.terms.backend_family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
+        except OSError as err:
+            self.dial_failed(err.errno)
+            return False
+        client = self.client
+        self.backend = backend = Leg(self, sock.fileno(), sock)
+        client.other, backend.other = backend, client
+        return True
+
+    def connect(self) -> bool:
+        """Start to connect, once or again."""
+        terms = self.terms
+        sock = self.backend.socket()
+        error = sock.connect_ex(terms.backend_address)
+        self.dialing = error != 0
+        if error and error != errno.EINPROGRESS:
+            if error == errno.EAGAIN and terms.backend_family == _socket.AF_UNIX:  # its queue is full
+                self.gate.shared.due[self.client.fd] = Retry(self)
+            else:
+                self.dial_failed(error)
+            return False
+        if terms.may_meet_itself and sock.getsockname() == terms.backend_address:
+            self.dial_failed(errno.ELOOP)
+            return False
+        return True
+
+    def speak(self) -> bool:
+        """Pass on what the client has said. Nearby backends are connected by now, and taking the bytes proves it.
+
+        Waiting for the connection to become writable would be three more system calls.
+        """
+        client = self.client
+        data = client.pending
+        if data is None:
+            return True
+        try:
+            sent = os.write(self.backend.fd, data)
+        except BlockingIOError:
+            return True
+        except OSError as err:
+            if err.errno in LOST:
                 self.connected()
-                return
-        if error:
+                self.lose(self.backend)
+            else:
+                self.dial_failed(err.errno)
+            return False
+        self.dialing = False
+        client.pending = data[sent:] or None
+        return True
+
+    def begin(self) -> bool:
+        """Relay, or wait until the backend has answered."""
+        if self.dialing:
             shared = self.gate.shared
-            dial = Dial(self)
-            shared.loop.watch(backend.fd, WRITE, dial)
-            shared.due[client.fd] = dial
+            shared.due[self.client.fd] = dial = Dial(self)
+            shared.loop.watch(self.backend.fd, WRITE, dial)
         else:
             self.connected()
+        return True
 
     def connected(self) -> None:
         """The backend has answered: count the dial and relay from now on."""
@@ -272,7 +291,7 @@ class TcpSession:
             # other side, which can not take its answer any more, is worth another.
             if end in RESETS or (end is not End.FINISHED and not leg.other.done):
                 leg.socket().setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, LINGER_RESET)
-            leg.close()
+            shared.loop.closing.append(leg.release())
         for leg in legs:
             leg.other = leg.session = None  # type: ignore[assignment]  # no cycles may be left to the collector
         shared.open_fds -= 2

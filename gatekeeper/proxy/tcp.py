@@ -33,6 +33,8 @@ EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 FLOOD_BEGINS = 100
 FLOOD_ENDS = 20
 
+DIALLING = (TcpSession.hear, TcpSession.open, TcpSession.connect, TcpSession.speak, TcpSession.begin)
+
 TCP_INFO_QUEUE = slice(24, 28)  # struct tcp_info: tcpi_unacked, which is the queue's length for a listening socket
 TCP_INFO_BYTES = 32
 
@@ -43,6 +45,7 @@ class TcpGate(Gate):
     def __init__(self, shared: Shared, key: str, sock: socket.socket, *, exclusive: bool, own: bool) -> None:
         super().__init__(shared, key, sock, exclusive=exclusive, own=own)
         self.batch = 1
+        self.fresh: list[TcpSession] = []  # accepted in this turn, not dialled for yet
         self.paused = False
         self.paused_until_s = 0.0
         self.refused = 0  # since the last `measure`
@@ -72,7 +75,16 @@ class TcpGate(Gate):
         self.shared.counters[self.terms.block + ListenerSlot.ACCEPT_ERRORS] += 1
 
     def accept(self) -> None:
-        """See `Acceptor.accept`. The batch grows while it finds work, so that a quiet listener costs no extra call."""
+        """See `Acceptor.accept`: take in whoever waits, then dial for all who may pass."""
+        try:
+            self.take()
+        finally:
+            if self.fresh:
+                fresh, self.fresh = self.fresh, []
+                self.dial(fresh)
+
+    def take(self) -> None:
+        """Accept and judge. The batch grows while it finds work, so that a quiet listener costs no extra call."""
         if self.paused:
             return
         shared = self.shared
@@ -119,15 +131,13 @@ class TcpGate(Gate):
             session = None
             try:
                 session = TcpSession(self, fd, slot, (family, packed, port), destination)
-                session.dial()
+                self.fresh.append(session)
             except MemoryError:
                 if session is None:
                     os.close(fd)
                 else:
                     session.fail()
                 raise
-            except Exception:  # noqa: BLE001 - the loop's promise: a session's fault is its own
-                self.shared.loop.give_up(session or self)
             return
         self.refused += 1
         slot = self.refuse(word)
@@ -139,6 +149,26 @@ class TcpGate(Gate):
         if self.mixed or not self.flooded:
             set_linger(fd, LINGER_RESET)
         os.close(fd)
+
+    def dial(self, sessions: list[TcpSession]) -> None:
+        """Dial for sessions that were let in together: each step for all of them before the next.
+
+        In a row the same system call finds the kernel's code in the cache, and a backend that the first connection woke
+        is still awake for the others. Dialling for one after the other costs a connection 5 % more.
+        """
+        for step in DIALLING:
+            ready = []
+            for session in sessions:
+                try:
+                    if step(session):
+                        ready.append(session)
+                except MemoryError:
+                    session.fail()
+                    if not self.paused:
+                        self.pause("out of memory")
+                except Exception:  # noqa: BLE001 - the loop's promise: a session's fault is its own
+                    self.shared.loop.give_up(session)
+            sessions = ready
 
     def pause(self, why: str) -> None:
         """Stop accepting for a moment."""

@@ -8,6 +8,9 @@ imports the YAML reader. The report is one JSON document:
     problems    [as `gatekeeper.config.as_json`]
     text        the same problems for people, with the lines they are in
     failure     null, or why there is neither a snapshot nor a problem in the file
+    sought      [path] of all files that were wanted, there or not
+    patterns    [[folder, pattern]] of the files that includes look for
+    state       the state directory that the rule file names, as far as that can be told of a broken file, or null
 
 Exit code 0 when the report was written.
 """
@@ -18,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import resource
 import stat
 import sys
@@ -72,11 +76,23 @@ def compile_file(path: str, snapshot_fd: int) -> dict[str, Any]:
     problems = [config.as_json(problem) for problem in loaded.problems]
     if loaded.config is not None:
         write(loaded.config, snapshot_fd)
-    return {"accepted": loaded.config is not None, "unreadable": False, "problems": problems, "text": text, "failure": None}
+    return {
+        "accepted": loaded.config is not None, "unreadable": False, "problems": problems, "text": text, "failure": None,
+        "sought": loaded.sought, "patterns": loaded.patterns, "state": _state(path, loaded.texts.get(path, "")),
+    }  # fmt: skip
+
+
+def _state(path: str, text: str) -> str | None:
+    """Return the directory in which the last good policy may be. The file may be anything but YAML."""
+    found = re.search(r"""^state:[ \t]*(["']?)([^"'#\r\n]+?)\1[ \t]*(?:#.*)?$""", text, re.MULTILINE)
+    return os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), found[2])) if found else None
 
 
 def _failed(why: str) -> dict[str, Any]:
-    return {"accepted": False, "unreadable": False, "problems": [], "text": "", "failure": why}
+    return {
+        "accepted": False, "unreadable": False, "problems": [], "text": "", "failure": why,
+        "sought": [], "patterns": [], "state": None,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

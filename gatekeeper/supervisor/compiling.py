@@ -28,7 +28,8 @@ class Compiled:
     """What came out. ``snapshot_fd`` is ``None`` when the file was not accepted; else the receiver owns it.
 
     ``text`` are the problems for people, ``problems`` their number, ``first`` the first of them in one line. ``failure``: the compiler could not do its work at
-    all; ``unreadable``: because the rule file cannot be read.
+    all; ``unreadable``: because the rule file cannot be read. ``sought`` and ``patterns`` are the files it depends on,
+    ``state`` the state directory that it names; see `compile`.
     """
 
     snapshot_fd: int | None
@@ -37,6 +38,9 @@ class Compiled:
     first: str = ""
     failure: str | None = None
     unreadable: bool = False
+    sought: tuple[str, ...] = ()
+    patterns: tuple[tuple[str, str], ...] = ()
+    state: str | None = None
 
 
 class Compilation:
@@ -125,11 +129,16 @@ class Compilation:
             report: dict[str, Any] = json.loads(self._report)
             problems, text, failure = report["problems"], report["text"], report["failure"]
             accepted, unreadable = bool(report["accepted"]), bool(report["unreadable"])
+            sought = tuple(str(path) for path in report["sought"])
+            patterns = tuple((str(folder), str(pattern)) for folder, pattern in report["patterns"])
             first = next((_in_one_line(item) for item in problems if item["severity"] == "error"), "")
         except (ValueError, KeyError, TypeError, RecursionError):
             ended = child.how_it_ended(status)
             return Compiled(None, failure=f"the compiler of {self._path} {ended} without a report")
-        return Compiled(self._snapshot_fd if accepted else None, str(text), len(problems), first, failure, unreadable)
+        return Compiled(
+            self._snapshot_fd if accepted else None, str(text), len(problems), first, failure, unreadable,
+            sought, patterns, report["state"],
+        )  # fmt: skip
 
 
 class Compiler:

@@ -25,7 +25,7 @@ from gatekeeper.snapshot.reader import Snapshot
 from gatekeeper.supervisor.handover import Fd, Kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from gatekeeper.supervisor.accepted import Accepted
     from gatekeeper.supervisor.loop import Loop
@@ -176,6 +176,14 @@ class Enforcer:
     def left_behind(self) -> Kernel:
         """Return what another program in our place needs, so that the program in force stays in force."""
         return Kernel(Fd(self._link), Fd(self.counters_fd), self._flow, ())
+
+    def ban(self, ranges: Iterable[tuple[int, int, int]]) -> None:  # noqa: ARG002 - it refuses all of them
+        """Refuse these (family, first, last) above all policies, and nobody else any more.
+
+        Raises:
+            KernelError: that is not possible; whom it refused before is still refused.
+        """
+        raise KernelError("the kernel cannot refuse the banned here")
 
     def guards(self) -> bool:
         """Whether somebody else's listeners are under our policy."""

@@ -137,6 +137,7 @@ class State:
     snapshot: Fd
     bindings: dict[str, Any]
     settings: dict[str, Any]
+    directory: str | None  # of the state
     shards: int
     key: tuple[int, ...]
     opened: tuple[OpenEndpoint, ...]
@@ -146,6 +147,7 @@ class State:
     lock: Fd | None
     control: ControlSocket | None
     kernel: Kernel | None
+    bans: str  # see `bans.Bans.dump`
     retired: Fd | None  # counters of workers that are gone and have no successor
     bygone: tuple[Fd, ...]  # of workers that are gone and whose successor has not come
     workers: tuple[OldWorker, ...]

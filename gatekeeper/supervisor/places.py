@@ -6,8 +6,12 @@ import errno
 import fcntl
 import os
 import socket
+from typing import TYPE_CHECKING
 
 from gatekeeper.errors import GatekeeperError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 LOCK_FILE = "lock"
@@ -44,6 +48,12 @@ def open_audit(setting: str) -> int | None:
 def audit_kind(setting: str) -> str:
     """Return the word the observer knows: ``stdout``, ``journald``, ``file`` or ``off``."""
     return setting if setting in {"stdout", "journald", "off"} else "file"
+
+
+def state_directory(option: str | None, setting: str | None, environment: Mapping[str, str]) -> str | None:
+    """Return the state directory: as the command line says, else the rule file, else the service manager; ``None``: none."""
+    given = option or setting or environment.get("STATE_DIRECTORY", "").split(":")[0]
+    return os.path.abspath(given) if given else None
 
 
 def lock_state(directory: str) -> int:

@@ -19,11 +19,13 @@ from gatekeeper.kernel import privileges
 from gatekeeper.proxy.gate import Prepared, Terms, ephemeral_ports
 from gatekeeper.snapshot.reader import Snapshot
 from gatekeeper.supervisor import child as children
-from gatekeeper.supervisor import handover, succession
+from gatekeeper.supervisor import handover
+from gatekeeper.supervisor.banlist import BanList
 from gatekeeper.supervisor.leaving import Leaving
 from gatekeeper.supervisor.log import printable
 from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.observing import Observer
+from gatekeeper.supervisor.succession import Ground
 from gatekeeper.supervisor.worker import State, Worker
 
 if TYPE_CHECKING:
@@ -41,9 +43,8 @@ def prove(asked: handover.Incoming, commands: Commands, log: Log) -> int:
     why: str | None
     try:
         left = handover.read(asked.state)
-        policy = succession.policy_of(left)
-        succession.opener_of(left)
-        succession.http_of(left)
+        policy = Ground.of(left).policy
+        BanList.parse(left.bans)
         _see_terms(policy)
         why = _Rehearsal(commands, policy, log).run()
     except Exception as err:  # noqa: BLE001 - whatever it is, it is the answer

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper.errors import KernelError
-from gatekeeper.supervisor import lastgood, places
+from gatekeeper.supervisor import places
 from gatekeeper.supervisor.accepted import digest_of
-from gatekeeper.supervisor.installing import Judged, listening
+from gatekeeper.supervisor.installing import listening
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.accepted import Accepted
     from gatekeeper.supervisor.compiling import Compiled, Compiler
     from gatekeeper.supervisor.crew import Crew
+    from gatekeeper.supervisor.effect import Effect
     from gatekeeper.supervisor.installing import Installer
-    from gatekeeper.supervisor.lastgood import Disk
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.loop import Loop, Timer
     from gatekeeper.supervisor.standing import Standing
@@ -78,25 +78,21 @@ class Trial:
 
 
 class Reloader:
-    """Reloads the rule file of a service that serves. ``installer`` puts in force what was compiled.
-
-    ``directory`` is where the last good policy is kept, ``None``: it is not.
-    """
+    """Reloads the rule file of a service that serves: ``installer`` puts in force what was compiled, ``effect`` follows."""
 
     def __init__(
-        self, loop: Loop, log: Log, compiler: Compiler, installer: Installer, crew: Crew, standing: Standing,
-        notifier: Notifier, disk: Disk, directory: str | None,
+        self, loop: Loop, log: Log, compiler: Compiler, installer: Installer, effect: Effect, crew: Crew,
+        standing: Standing, notifier: Notifier,
     ) -> None:  # fmt: skip
         self.trial: Trial | None = None
         self._loop = loop
         self._log = log
         self._compiler = compiler
         self._installer = installer
+        self._effect = effect
         self._crew = crew
         self._standing = standing
         self._notifier = notifier
-        self._disk = disk
-        self._directory = directory
         self.settings: dict[str, Any] = installer.policy.meta["settings"]  # with which the service was started
         self._waiting: deque[Ask] = deque()
         self._asks: list[Ask] = []  # what the reload under way answers
@@ -121,6 +117,12 @@ class Reloader:
                 return
             self._log.warning(f"{why}; the file is read again after that")
         self._waiting.append(ask)
+        self.go_on()
+
+    def begin(self) -> None:
+        """Take up work: the service serves now."""
+        if not self._standing.last_good:
+            self._effect.save()
         self.go_on()
 
     def go_on(self) -> None:
@@ -163,21 +165,15 @@ class Reloader:
     def _compiled(self, compiled: Compiled) -> None:
         why = self._compiler.tell_problems(compiled)
         if compiled.snapshot_fd is None:
-            self._ended(Outcome(why, compiled.text or why, refused=compiled.failure is None), compiled.first)
+            self._ended(Outcome(why, compiled.text, refused=compiled.failure is None), compiled.first)
             return
         digest, confirm_s = digest_of(compiled.snapshot_fd), self._asks[0].confirm_s
         if self._needless(digest):
             os.close(compiled.snapshot_fd)
             self._over()
-        elif confirm_s is not None and digest is not None and self._directory is not None:
-            directory, snapshot_fd = self._directory, compiled.snapshot_fd
-
-            def noted(failure: str | None) -> None:
-                if failure is not None:
-                    self._log.warning(f"a restart before the policy is confirmed would start with it: {failure}")
-                self._install(snapshot_fd)
-
-            self._disk.run(lambda: lastgood.note_trial(directory, digest), noted)
+        elif confirm_s is not None and digest is not None:
+            snapshot_fd = compiled.snapshot_fd
+            self._effect.note_trial(digest, lambda: self._install(snapshot_fd))
         else:
             self._install(compiled.snapshot_fd)
 
@@ -208,55 +204,13 @@ class Reloader:
                 "confirm_within_s": confirm_s,
             }  # fmt: skip
             if confirm_s is None:
-                self._take_effect(lambda more: self._ended(Outcome(result=result | more)))
+                self._say("judging live sessions")
+                self._effect.take(lambda more: self._ended(Outcome(result=result | more)))
             else:
                 self._start_trial(confirm_s, before)
                 self._ended(Outcome(result=result))
 
         self._installer.install(snapshot_fd, installed, on_trial=confirm_s is not None)
-
-    def _take_effect(self, done: Callable[[dict[str, Any]], None]) -> None:
-        """Let the policy in force reach live sessions too, and make it the last good one."""
-
-        def judged(found: Judged) -> None:
-            for index in found.missing:
-                self._log.warning(f"worker {index} did not say whether it has ended the sessions that are now refused")
-            result = {"judged": found.judged, "ended": found.ended, "not_judged_by": list(found.missing)}
-            self.save(lambda failure: done(result | {"saved": failure is None and self._directory is not None}))
-
-        if self._installer.policy.meta["settings"]["on_reload"] == "keep":
-            judged(Judged())
-        else:
-            self._say("judging live sessions")
-            self._installer.judge_again(judged)
-
-    def save(self, done: Callable[[str | None], None] = lambda _failure: None) -> None:
-        """Make the policy in force the last good one; ``done`` is called with the reason why not, or ``None``."""
-        policy, directory = self._installer.policy, self._directory
-        if directory is None:
-            done(None)
-            return
-
-        def saved(failure: str | None) -> None:
-            self._standing.note_saved(failure)
-            if failure is not None:
-                self._log.error(f"the policy {policy.name} is in force, but not saved in {directory}: {failure}")
-                self._crew.tell_state()
-            done(failure)
-
-        try:
-            copy = os.dup(policy.snapshot_fd)
-        except OSError as err:
-            saved(err.strerror)
-            return
-
-        def job() -> None:
-            try:
-                lastgood.save(directory, copy, policy.meta["digest"])
-            finally:
-                os.close(copy)
-
-        self._disk.run(job, saved)
 
     def _ended(self, outcome: Outcome, detail: str = "") -> None:
         """Tell everybody how a reload ended, and begin the next if one was asked for meanwhile.
@@ -324,7 +278,7 @@ class Reloader:
             answer(Outcome(result={"policy": policy.meta["digest"], "before": trial.before} | result))
             self._over()
 
-        self._take_effect(done)
+        self._effect.take(done)
 
     def roll_back(self, cause: str, by: int | None = None, answer: Callable[[Outcome], None] = lambda _outcome: None) -> None:
         """Put the policy back that was in force before the one on trial; ``cause`` is deadline or command."""

@@ -155,12 +155,19 @@ def parse_source(text: str) -> tuple[int, int, int]:
             network = ipaddress.ip_network(text)
             low, high = network[0], network[-1]
     except ValueError as err:
-        raise BadRequest(f'"{text[:100]}" is not an address, a network or a range: {str(err)[:200]}') from err
+        raise BadRequest(f'"{text[:100]}" is not an address, a network or a range{_suggestion(text)}') from err
     if low.version == high.version == 6 and low.ipv4_mapped is not None and high.ipv4_mapped is not None:
         low, high = low.ipv4_mapped, high.ipv4_mapped
     if low.version != high.version or int(low) > int(high):
         raise BadRequest(f'"{text[:100]}" is no range: it has no first and last address')
     return low.version, int(low), int(high)
+
+
+def _suggestion(text: str) -> str:
+    try:
+        return f': it has host bits set, did you mean "{ipaddress.ip_network(text, strict=False)}"?'
+    except ValueError:
+        return ""
 
 
 def _texts(args: Mapping[str, Any], name: str) -> tuple[str, ...] | None:

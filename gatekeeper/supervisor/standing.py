@@ -68,6 +68,11 @@ class Standing:
         else:
             self.reload_error = f"{failure}: {detail}"[:_LONGEST_ERROR].rstrip(": ")
 
+    def start_with_last_good(self, why: str) -> None:
+        """Remember that the rule file is of no use, and that the policy in force is an older one."""
+        self.note_reload(why, "")
+        self.last_good = True
+
     def note_saved(self, failure: str | None) -> None:
         """Remember whether the policy in force could be saved."""
         self.save_error = failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper import __version__
@@ -12,85 +13,107 @@ from gatekeeper.kernel.inherit import Inherited
 from gatekeeper.policy.model import Endpoint, Protocol
 from gatekeeper.snapshot.bindings import Bindings
 from gatekeeper.supervisor.accepted import Accepted, revive
-from gatekeeper.supervisor.handover import Fd, HandoverError, OpenEndpoint, Spare, State
+from gatekeeper.supervisor.handover import ControlSocket, Fd, HandoverError, OpenEndpoint, Spare, State
 from gatekeeper.supervisor.listening import Opened, Opener
 
 if TYPE_CHECKING:
+    from gatekeeper.supervisor.bans import Bans
+    from gatekeeper.supervisor.control import Control
     from gatekeeper.supervisor.crew import Crew
     from gatekeeper.supervisor.enforcing import Enforcer
-    from gatekeeper.supervisor.handover import ControlSocket
+    from gatekeeper.supervisor.reloading import Reloader
     from gatekeeper.supervisor.standing import Standing
 
 
-def capture(
-    crew: Crew,
-    opener: Opener,
-    standing: Standing,
-    settings: dict[str, Any],
-    enforcer: Enforcer | None,
-    control: ControlSocket | None,
-    lock: int | None,
-    drain_timeout_s: float,
-) -> State:
-    """Return everything that another program in our place needs. The descriptors stay ours."""
-    policy, observer = crew.policy, crew.observer
-    assert policy is not None
-    assert observer is not None
-    workers = [worker.left_behind() for worker in crew.workers]
-    return State(
-        writer=__version__,
-        generation=policy.generation,
-        snapshot=Fd(policy.snapshot_fd),
-        bindings=json.loads(policy.bindings_json),
-        settings=settings,
-        shards=opener.shards,
-        key=opener.key,
-        opened=tuple(map(_leave, policy.opened.values())),
-        spare=tuple(Spare(item.name, Fd(item.sock.fileno())) for item in opener.inherited),
-        http=_maybe(observer.http_fd),
-        audit=_maybe(observer.audit_fd),
-        lock=_maybe(lock),
-        control=control,
-        kernel=None if enforcer is None else enforcer.left_behind(),
-        retired=crew.leaving.retired(),
-        bygone=tuple(
+@dataclass(slots=True)
+class Ground:
+    """What the service stands on. ``settings`` are those of the start; ``directory`` is that of the state."""
+
+    policy: Accepted
+    opener: Opener
+    http: socket.socket | None
+    settings: dict[str, Any]
+    directory: str | None
+
+    @classmethod
+    def of(cls, state: State) -> Ground:
+        """Return what another program in our place stood on.
+
+        Raises:
+            GatekeeperError: this version cannot use it.
+        """
+        try:
+            bindings = Bindings.from_json(json.dumps(state.bindings).encode())
+        except (LookupError, TypeError, ValueError) as err:
+            raise HandoverError(f"the names in force cannot be read: {err!r}") from err
+        if len(state.key) != 3:
+            raise HandoverError("the key that steers sources to workers is not one")
+        policy = revive(int(state.snapshot), state.generation, bindings)
+        policy.opened = {opened.endpoint.key: opened for opened in map(_take, state.opened)}
+        first, second, third = state.key
+        spare = [Inherited(item.name, _socket(item.socket)) for item in state.spare]
+        opener = Opener(state.shards, (first, second, third), spare)
+        return cls(policy, opener, None if state.http is None else _socket(state.http), state.settings, state.directory)
+
+
+@dataclass(slots=True)
+class Estate:
+    """The parts of a service that leave something behind."""
+
+    ground: Ground
+    crew: Crew
+    reloader: Reloader
+    standing: Standing
+    bans: Bans
+    enforcer: Enforcer | None
+    control: Control
+    lock: int | None
+
+    def capture(self, drain_timeout_s: float) -> State:
+        """Return everything that another program in our place needs. The descriptors stay ours."""
+        crew, ground = self.crew, self.ground
+        policy, observer = crew.policy, crew.observer
+        assert policy is not None
+        assert observer is not None
+        workers = [worker.left_behind() for worker in crew.workers]
+        bygone = [
             Fd(worker.counters_fd) for worker, left in zip(crew.workers, workers, strict=True)
             if left is None and worker.counters_fd is not None
-        ),
-        workers=(*(worker for worker in workers if worker is not None), *crew.leaving.left_behind()),
-        observer=observer.left_behind(),
-        past=standing.past(crew),
-        drain_timeout_s=drain_timeout_s,
-    )
+        ]  # fmt: skip
+        return State(
+            writer=__version__,
+            generation=policy.generation,
+            snapshot=Fd(policy.snapshot_fd),
+            bindings=json.loads(policy.bindings_json),
+            settings=ground.settings,
+            directory=ground.directory,
+            shards=ground.opener.shards,
+            key=ground.opener.key,
+            opened=tuple(map(_leave, policy.opened.values())),
+            spare=tuple(Spare(item.name, Fd(item.sock.fileno())) for item in ground.opener.inherited),
+            http=_maybe(observer.http_fd),
+            audit=_maybe(observer.audit_fd),
+            lock=_maybe(self.lock),
+            control=self._control_socket(),
+            kernel=None if self.enforcer is None else self.enforcer.left_behind(),
+            bans=self.bans.dump(),
+            retired=crew.leaving.retired(),
+            bygone=tuple(bygone),
+            workers=(*(worker for worker in workers if worker is not None), *crew.leaving.left_behind()),
+            observer=observer.left_behind(),
+            past=self.standing.past(crew),
+            drain_timeout_s=drain_timeout_s,
+        )
 
+    def restless(self) -> str | None:
+        """Return what must come to an end before another program may take our place, ``None`` when nothing must."""
+        if self.reloader.busy or self.reloader.trial is not None:
+            return "a reload is under way"
+        return self.crew.restless()
 
-def policy_of(state: State) -> Accepted:
-    """Return the policy in force, with its sockets.
-
-    Raises:
-        GatekeeperError: this version cannot use it.
-    """
-    try:
-        bindings = Bindings.from_json(json.dumps(state.bindings).encode())
-    except (LookupError, TypeError, ValueError) as err:
-        raise HandoverError(f"the names in force cannot be read: {err!r}") from err
-    policy = revive(int(state.snapshot), state.generation, bindings)
-    policy.opened = {opened.endpoint.key: opened for opened in map(_take, state.opened)}
-    return policy
-
-
-def opener_of(state: State) -> Opener:
-    """Return who opens further endpoints, by the same key and for as many workers."""
-    if len(state.key) != 3:
-        raise HandoverError("the key that steers sources to workers is not one")
-    first, second, third = state.key
-    spare = [Inherited(item.name, _socket(item.socket)) for item in state.spare]
-    return Opener(state.shards, (first, second, third), spare)
-
-
-def http_of(state: State) -> socket.socket | None:
-    """Return the socket of the metrics."""
-    return None if state.http is None else _socket(state.http)
+    def _control_socket(self) -> ControlSocket | None:
+        fd, place = self.control.fileno(), self.control.place
+        return None if fd is None or place is None else ControlSocket(place.path, place.group, Fd(fd))
 
 
 def _leave(opened: Opened) -> OpenEndpoint:

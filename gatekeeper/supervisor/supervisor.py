@@ -14,28 +14,31 @@ import os
 import resource
 import signal
 import socket
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gatekeeper import __version__
 from gatekeeper.errors import GatekeeperError, KernelError, ListenError
 from gatekeeper.kernel import inherit, privileges, steering
 from gatekeeper.kernel.notify import Notifier
-from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
-from gatekeeper.supervisor import handover, listening, places, rehearsing, succession, upgrading
-from gatekeeper.supervisor.accepted import Accepted, accept, endpoint, endpoints
+from gatekeeper.snapshot.bindings import SlotsExhausted
+from gatekeeper.supervisor import handover, listening, places, rehearsing, upgrading
+from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
+from gatekeeper.supervisor.bans import Bans
 from gatekeeper.supervisor.commands import Operators
 from gatekeeper.supervisor.compiling import Compiler
-from gatekeeper.supervisor.control import BadRequest, Control, Request
+from gatekeeper.supervisor.control import Control
 from gatekeeper.supervisor.crew import Commands, Crew
+from gatekeeper.supervisor.effect import Effect
 from gatekeeper.supervisor.enforcing import Enforcer, leftover
-from gatekeeper.supervisor.handover import ControlSocket, Fd, HandoverError
+from gatekeeper.supervisor.handover import HandoverError
 from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.lastgood import Disk
 from gatekeeper.supervisor.loop import Loop
+from gatekeeper.supervisor.reload_requests import ReloadRequests
 from gatekeeper.supervisor.reloading import Ask, Reloader
 from gatekeeper.supervisor.standing import Standing
+from gatekeeper.supervisor.starting import NothingToStartWith, choose
+from gatekeeper.supervisor.succession import Estate, Ground
 from gatekeeper.supervisor.upgrading import Upgrader
 
 if TYPE_CHECKING:
@@ -45,17 +48,17 @@ if TYPE_CHECKING:
 FINE, REFUSED, CANNOT = 0, 1, 3  # exit codes
 MOST_WORKERS = 128  # their descriptors travel in one message
 STUCK_AFTER_S = 10.0
-LONGEST_DRAIN_S = 30 * 86400
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line decides. ``workers`` and ``control`` ``None``: as the file says."""
+    """What the command line decides. ``workers``, ``control`` and ``state`` ``None``: as the file says."""
 
     path: str
     workers: int | None = None
     drain_timeout_s: float = 300.0
     control: str | None = None
+    state: str | None = None
     stuck_after_s: float = STUCK_AFTER_S
     commands: Commands = field(default_factory=Commands)
     program: list[str] = field(default_factory=upgrading.program_as_started)
@@ -78,13 +81,12 @@ class Supervisor:
         self._control = Control(self._loop, log)
         self._enforcer: Enforcer | None = None
         self._crew: Crew | None = None
+        self._bans: Bans | None = None
         self._installer: Installer | None = None
         self._reloader: Reloader | None = None
         self._upgrader: Upgrader | None = None
         self._hung_up = False  # a reload was asked for before there was anything to reload
         self._cutting = False  # the stop waits for no session any more
-        self._left_by = ""  # the version of before an upgrade
-        self._drain_old_s = 0.0  # and how long its workers may take to leave
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
@@ -114,20 +116,23 @@ class Supervisor:
 
     def _compiled(self, compiled: Compiled) -> None:
         why = self._compiler.tell_problems(compiled)
-        if compiled.snapshot_fd is None:
-            self._log.error(why)
-            self._loop.stop(CANNOT if compiled.failure is not None else REFUSED)
-            return
         try:
-            self._policy = accept(compiled.snapshot_fd, 1, Bindings())
-            self._start(self._policy)
+            first = choose(compiled, why, self._options.state, os.environ, self._log.warning)
+            self._policy = first.policy
+            if first.instead is not None:
+                self._log.error(f"{first.instead}\nstarting with the last good policy {first.policy.name}")
+                self._standing.start_with_last_good(first.instead)
+            self._start(first.policy, first.directory)
+        except NothingToStartWith as err:
+            self._log.error(str(err))
+            self._loop.stop(REFUSED if err.refused else CANNOT)
         except (GatekeeperError, SlotsExhausted, OSError) as err:
             self._cannot_start(str(err))
 
-    def _start(self, policy: Accepted) -> None:
+    def _start(self, policy: Accepted, directory: str | None) -> None:
         settings = policy.meta["settings"]
-        if settings["state"] is not None:
-            self._lock = places.lock_state(settings["state"])
+        if directory is not None:
+            self._lock = places.lock_state(directory)
         size = self._options.workers or settings["workers"] or len(os.sched_getaffinity(0))
         if size > MOST_WORKERS:
             self._log.warning(f"{size} workers are more than {MOST_WORKERS}; starting {MOST_WORKERS}")
@@ -140,61 +145,53 @@ class Supervisor:
             names = ", ".join(unused.describe() for unused in self._inherited)
             raise ListenError(f"no listener in {self._options.path} wants the inherited {names}")
         self._enforcer = self._enforce(settings["kernel"], policy)
-        self._serve(policy, opener, http, settings)
+        self._serve(Ground(policy, opener, http, settings, directory))
 
     def _take_over(self, state_fd: int) -> None:
         """Go on where another program in our place, of this version or another, has left off."""
         try:
             left = handover.read(state_fd)
             os.close(state_fd)
-            self._policy = policy = succession.policy_of(left)
-            self._lock = left.lock
+            ground = Ground.of(left)
+            self._policy, self._lock = ground.policy, left.lock
             self._standing = Standing.after(left.past)
-            self._serve(policy, succession.opener_of(left), succession.http_of(left), left.settings, left)
+            self._serve(ground, left)
         except (GatekeeperError, OSError) as err:
             self._cannot_start(f"cannot take over: {err}")
 
-    def _serve(
-        self,
-        policy: Accepted,
-        opener: listening.Opener,
-        http: socket.socket | None,
-        settings: dict[str, Any],
-        left: handover.State | None = None,
-    ) -> None:
+    def _serve(self, ground: Ground, left: handover.State | None = None) -> None:
         """Start everybody. ``left``: what an upgrade has left to us."""
+        policy, settings = ground.policy, ground.settings
         identity = privileges.who_to_become()
         crew = Crew(
-            self._loop, self._log, self._options.commands, identity, opener.shards, self._options.stuck_after_s,
-            lambda: self._standing.state(self._crew) | {"kernel": self._enforcer is not None},
+            self._loop, self._log, self._options.commands, identity, ground.opener.shards, self._options.stuck_after_s,
+            lambda: self._standing.state(self._crew) | {"kernel": self._enforcer is not None, "bans": len(self._bans or ())},
         )  # fmt: skip
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
-        self._installer = Installer(self._loop, policy, opener, crew, self._enforcer)
+        self._installer = Installer(self._loop, policy, ground.opener, crew, self._enforcer)
+        effect = Effect(self._log, self._installer, crew, self._standing, self._disk, ground.directory)
         self._reloader = Reloader(
-            self._loop, self._log, self._compiler, self._installer, crew, self._standing, self._notifier, self._disk,
-            settings["state"],
-        )  # fmt: skip
+            self._loop, self._log, self._compiler, self._installer, effect, crew, self._standing, self._notifier
+        )
         self._reloader.settings = settings
-        self._upgrader = Upgrader(
-            self._loop, self._log, self._options.program,
-            lambda drain_timeout_s: succession.capture(
-                crew, opener, self._standing, settings, self._enforcer, self._control_socket(), self._lock, drain_timeout_s
-            ),
-            self._restless, crew.settle, self._not_upgraded,
-        )  # fmt: skip
-        self._control.handlers["upgrade"] = self._asked_to_upgrade
         if self._hung_up:
             self._reloader.request(Ask("signal"))
+        self._bans = Bans(self._loop, self._log, crew, self._enforcer, ground.directory)
+        self._bans.begin(None if left is None else left.bans)
+        self._control.handlers |= self._bans.handlers
+        self._control.handlers |= ReloadRequests(self._reloader).handlers
         Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
+        estate = Estate(
+            ground, crew, self._reloader, self._standing, self._bans, self._enforcer, self._control, self._lock
+        )
+        self._upgrader = Upgrader(self._loop, self._log, self._options.program, estate, self._options.drain_timeout_s, left)
+        self._control.handlers["upgrade"] = self._upgrader.asked
         if left is None:
             self._control.begin(self._options.control, settings)
         elif left.control is not None:
             self._control.take_over(left.control.path, left.control.group, socket.socket(fileno=left.control.socket))
-        crew.start(policy, settings["audit"], http, self._enforcer, left)
-        if left is not None:
-            self._left_by = left.writer
-            self._drain_old_s = left.drain_timeout_s
+        crew.start(policy, settings["audit"], ground.http, self._enforcer, left)
         if identity is not None and identity.name != privileges.ACCOUNTS[0]:
             self._log.info(f"workers run as {identity.name}; an account called {privileges.ACCOUNTS[0]} would be better")
 
@@ -225,8 +222,8 @@ class Supervisor:
 
     def _all_serve(self) -> None:
         self._standing.serving = True
-        if self._crew is not None and self._standing.taking_over:
-            self._upgraded(self._crew)
+        if self._upgrader is not None:
+            self._upgrader.all_serve()
         self._log.info(self._summary())
         self._notifier.ready(self._summary())
         if self._crew is not None:
@@ -234,60 +231,11 @@ class Supervisor:
                 self._crew.event("start", pid=os.getpid(), policy=self._digest())
             self._crew.tell_state()
         if self._reloader is not None:
-            self._reloader.save()
-            self._reloader.go_on()
+            self._reloader.begin()
 
     def _cannot_start(self, why: str) -> None:
         self._log.error(why)
         self._loop.stop(CANNOT)
-
-    # -- upgrade
-
-    def _restless(self) -> str | None:
-        if self._reloader is not None and (self._reloader.busy or self._reloader.trial is not None):
-            return "a reload is under way"
-        return self._crew.restless() if self._crew is not None else "it has not started"
-
-    def _control_socket(self) -> ControlSocket | None:
-        fd, place = self._control.fileno(), self._control.place
-        return None if fd is None or place is None else ControlSocket(place.path, place.group, Fd(fd))
-
-    def _asked_to_upgrade(self, request: Request) -> None:
-        """Answer the request upgrade. Its last answer is sent right before the new code takes over."""
-        drain_s = request.args.get("drain_s", self._options.drain_timeout_s)
-        if type(drain_s) not in {int, float} or not 0 <= drain_s <= LONGEST_DRAIN_S:
-            raise BadRequest(f"drain_s is a number of seconds, at most {LONGEST_DRAIN_S}")
-        upgrader, crew = self._upgrader, self._crew
-        if upgrader is None or crew is None or not self._standing.serving or self._standing.stopping:
-            request.fail("the service does not serve: it starts or stops")
-        elif upgrader.busy:
-            request.fail("an upgrade is under way already")
-        elif self._reloader is not None and self._reloader.trial is not None:
-            request.fail("a policy waits to be confirmed: `gatekeeper confirm` or `gatekeeper rollback` comes first")
-        else:
-            before = {"before": __version__, "upgrades": self._standing.upgrades, "upgrades_failed": self._standing.upgrades_failed}
-            upgrader.begin(
-                float(drain_s), request.progress,
-                lambda why, version: request.done(before | {"version": version}) if why is None else request.fail(why, 1),
-            )  # fmt: skip
-
-    def _upgraded(self, crew: Crew) -> None:
-        """Let the workers of before go: the new ones serve."""
-        self._standing.taking_over = False
-        crew.leaving.drain(self._drain_old_s)
-        self._log.info(f"upgraded from {self._left_by} to {__version__}")
-        if crew.leaving.workers and crew.policy is not None:
-            self._log.info(crew.leaving.summary(time.monotonic(), crew.policy.bindings))
-        crew.event("upgrade", success=True, error=None, version=__version__, before=self._left_by, policy=self._digest())
-
-    def _not_upgraded(self, why: str) -> None:
-        """Tell everybody that an upgrade has failed."""
-        self._log.error(f"{why}\nupgrade failed: nothing has changed")
-        self._standing.upgrades_failed += 1
-        self._standing.upgrade_error = why[:4000]
-        if self._crew is not None:
-            self._crew.event("upgrade", success=False, error=why, version=None, before=__version__, policy=self._digest())
-            self._crew.tell_state()
 
     # -- signals
 
@@ -359,6 +307,8 @@ class Supervisor:
         self._compiler.cancel()
         self._disk.close()
         self._control.close()
+        if self._bans is not None:
+            self._bans.close()
         if self._crew is not None:
             self._crew.close()
         self._close_listeners()

@@ -14,24 +14,31 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
+from gatekeeper import __version__
 from gatekeeper.kernel import privileges
 from gatekeeper.supervisor import child, handover
+from gatekeeper.supervisor.control import BadRequest
 from gatekeeper.supervisor.log import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gatekeeper.supervisor.control import Request
     from gatekeeper.supervisor.handover import State
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.loop import Loop, Timer
+    from gatekeeper.supervisor.succession import Estate
 
 PROOF_PATIENCE_S = 60.0
 REST_PATIENCE_S = 30.0
 LOOK_EVERY_S = 0.05
 KEPT_BYTES = 1 << 16  # of what the new code prints
 LINES_TOLD = 5
+LONGEST_ERROR = 4000  # it travels in messages
+LONGEST_DRAIN_S = 30 * 86400
 MANAGERS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # not for somebody who only tries
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
@@ -136,55 +143,68 @@ class Proof:
 
 
 class Upgrader:
-    """Carries out one upgrade at a time.
+    """Answers the request upgrade, and carries out one at a time.
 
-    ``capture`` returns the state to hand over, for a drain of so many seconds; ``restless`` says what is under way
-    that must end first, or ``None``; ``settle`` is called right before the end. ``ended`` is called with what went wrong, so that everybody is told.
+    ``left``: we are the new program ourselves, and this is what the one before us left.
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        log: Log,
-        program: Sequence[str],
-        capture: Callable[[float], State],
-        restless: Callable[[], str | None],
-        settle: Callable[[], None],
-        ended: Callable[[str], None],
+        self, loop: Loop, log: Log, program: Sequence[str], estate: Estate, drain_timeout_s: float, left: State | None
     ) -> None:
         self._loop = loop
         self._log = log
         self._program = list(program)
-        self._capture = capture
-        self._restless = restless
-        self._settle = settle
-        self._ended = ended
+        self._estate = estate
+        self._drain_timeout_s = drain_timeout_s
+        self._left = left
         self._proof: Proof | None = None
         self._waiting: Timer | None = None
-        self.drain_timeout_s = 0.0
-        self.progress: Callable[[str], None] = lambda _text: None
-        self.answer: Callable[[str | None, str], None] = lambda _why, _version: None
+        self._request: Request | None = None
 
-    @property
-    def busy(self) -> bool:
-        """Whether an upgrade is under way."""
-        return self._proof is not None or self._waiting is not None
+    # -- the new program's part
 
-    def begin(
-        self, drain_timeout_s: float, progress: Callable[[str], None], answer: Callable[[str | None, str], None]
-    ) -> None:
-        """Let the new code prove itself and take over. Not while one is `busy`.
+    def all_serve(self) -> None:
+        """Let the workers of before an upgrade go: the new ones serve."""
+        left, self._left = self._left, None
+        if left is None:
+            return
+        crew = self._estate.crew
+        self._estate.standing.taking_over = False
+        crew.leaving.drain(left.drain_timeout_s)
+        self._log.info(f"upgraded from {left.writer} to {__version__}")
+        if crew.leaving.workers and crew.policy is not None:
+            self._log.info(crew.leaving.summary(time.monotonic(), crew.policy.bindings))
+        self._tell(left.writer, __version__, None)
 
-        ``answer`` is called once, with what is wrong, or with ``None`` and the version right before it takes over.
-        """
-        self.drain_timeout_s, self.progress, self.answer = drain_timeout_s, progress, answer
+    # -- the old program's part
+
+    def asked(self, request: Request) -> None:
+        """Begin. The last answer is sent right before the new code takes over."""
+        drain_s = request.args.get("drain_s", self._drain_timeout_s)
+        if type(drain_s) not in {int, float} or not 0 <= drain_s <= LONGEST_DRAIN_S:
+            raise BadRequest(f"drain_s is a number of seconds, at most {LONGEST_DRAIN_S}")
+        standing = self._estate.standing
+        if not standing.serving or standing.stopping:
+            request.fail("the service does not serve: it starts or stops")
+        elif self._proof is not None or self._waiting is not None:
+            request.fail("an upgrade is under way already")
+        elif self._estate.reloader.trial is not None:
+            request.fail("a policy waits to be confirmed: `gatekeeper confirm` or `gatekeeper rollback` comes first")
+        else:
+            self._begin(request, float(drain_s))
+
+    def _begin(self, request: Request, drain_s: float) -> None:
+        self._request = request
         try:
-            self._proof = Proof(self._loop, self._program, self._capture(drain_timeout_s), self._proved)
+            self._proof = proof = Proof(
+                self._loop, self._program, self._estate.capture(drain_s),
+                lambda why, version: self._proved(why, version, drain_s),
+            )  # fmt: skip
         except OSError as err:
             self._fail(f"the new code cannot be started: {err}")
             return
-        self._log.info(f"upgrade: the new code proves in a child (pid {self._proof.pid}) that it can take over")
-        progress(f"the new code proves in a child (pid {self._proof.pid}) that it can take over")
+        self._log.info(f"upgrade: the new code proves in a child (pid {proof.pid}) that it can take over")
+        request.progress(f"the new code proves in a child (pid {proof.pid}) that it can take over")
 
     def poll(self) -> None:
         """See whether the child has ended. Called on SIGCHLD."""
@@ -199,40 +219,57 @@ class Upgrader:
             self._waiting.cancel()
             self._waiting = None
 
-    def _proved(self, why: str | None, version: str) -> None:
+    def _proved(self, why: str | None, version: str, drain_s: float) -> None:
         self._proof = None
         if why is not None:
             self._fail(f"the new code cannot take over: {why}")
             return
-        self.progress(f"gatekeeper {version} can take over")
-        self._wait_for_rest(version, REST_PATIENCE_S)
+        if self._request is not None:
+            self._request.progress(f"gatekeeper {version} can take over")
+        self._wait_for_rest(version, drain_s, REST_PATIENCE_S)
 
-    def _wait_for_rest(self, version: str, patience_s: float) -> None:
-        why = self._restless()
+    def _wait_for_rest(self, version: str, drain_s: float, patience_s: float) -> None:
+        self._waiting = None
+        why = self._estate.restless()
         if why is None:
-            self._waiting = None
-            self._take_place(version)
+            self._take_place(version, drain_s)
         elif patience_s <= 0:
-            self._waiting = None
             self._fail(f"the service does not come to rest: {why}")
         else:
             again = patience_s - LOOK_EVERY_S
-            self._waiting = self._loop.later(LOOK_EVERY_S, lambda: self._wait_for_rest(version, again))
+            self._waiting = self._loop.later(LOOK_EVERY_S, lambda: self._wait_for_rest(version, drain_s, again))
 
-    def _take_place(self, version: str) -> None:
+    def _take_place(self, version: str, drain_s: float) -> None:
         self._log.info(f"upgrade: gatekeeper {version} takes over")
+        standing = self._estate.standing
         try:
-            self._settle()
-            state = self._capture(self.drain_timeout_s)
-            self.answer(None, version)
+            self._estate.crew.settle()
+            state = self._estate.capture(drain_s)
+            if self._request is not None:
+                self._request.done({
+                    "before": __version__, "version": version,
+                    "upgrades": standing.upgrades, "upgrades_failed": standing.upgrades_failed,
+                })  # fmt: skip
             execute(self._program, state)
         except OSError as err:
             self._fail(f"the new code cannot be executed: {err}")
 
     def _fail(self, why: str) -> None:
-        answer, self.answer = self.answer, lambda _why, _version: None
-        self._ended(why)
-        answer(why, "")
+        """Tell everybody that nothing has changed, and why."""
+        standing, request = self._estate.standing, self._request
+        self._log.error(f"{why}\nupgrade failed: nothing has changed")
+        standing.upgrades_failed += 1
+        standing.upgrade_error = why[:LONGEST_ERROR]
+        self._tell(__version__, None, why)
+        self._request = None
+        if request is not None:
+            request.fail(why, 1)
+
+    def _tell(self, before: str, version: str | None, error: str | None) -> None:
+        crew = self._estate.crew
+        policy = None if crew.policy is None else crew.policy.meta["digest"]
+        crew.event("upgrade", success=error is None, error=error, version=version, before=before, policy=policy)
+        crew.tell_state()
 
 
 def execute(program: Sequence[str], state: State) -> None:

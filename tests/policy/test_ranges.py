@@ -133,7 +133,7 @@ def union(listed: list[Pair]) -> list[Pair]:
 @settings(max_examples=300, deadline=None)
 @given(FAMILIES.flatmap(lambda family: st.tuples(st.just(family), pairs(family))))
 def test_networks_are_the_fewest_that_cover_the_set(case: tuple[int, list[Pair]]) -> None:
-    """The networks of a set are those that the standard library finds for its ranges, as text."""
+    """The networks of a set are those that the standard library finds for its ranges, as text; they can be counted alone."""
     family, listed = case
     kind = ipaddress.IPv4Address if family == 4 else ipaddress.IPv6Address
     made = Ranges.of(family, listed)
@@ -143,6 +143,8 @@ def test_networks_are_the_fewest_that_cover_the_set(case: tuple[int, list[Pair]]
         for network in ipaddress.summarize_address_range(kind(first), kind(last))
     ]
     assert list(made.networks()) == want
+    assert made.count_networks() == len(want)
+    assert made.count_addresses() == sum(ipaddress.ip_network(text).num_addresses for text in want)
 
 
 def test_everything_and_nothing() -> None:

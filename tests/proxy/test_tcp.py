@@ -11,6 +11,7 @@ import socket
 import struct
 import termios
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,38 @@ def test_a_client_that_ends_at_once_is_passed_on_as_an_end(tcp_bed: Bed) -> None
     assert backend.recv(10) == b""
     backend.close()
     assert tcp_bed.rig.ended() == (End.FINISHED, 0, 0)
+
+
+def test_of_a_crowd_that_is_let_in_together_each_is_served_by_what_it_did() -> None:
+    """Clients that waited in one queue are dialled for in steps: none is taken for another, and none holds up the others."""
+    server, (sock, endpoint) = socket.create_server(("127.0.0.1", 0), backlog=100), listen()
+    crowd = [socket.create_connection((endpoint.host, endpoint.port), PATIENCE_S) for _ in range(40)]
+    speaking, ending, silent, gone = crowd[0::4], crowd[1::4], crowd[2::4], crowd[3::4]
+    for number, client in enumerate(crowd):
+        if client in gone:
+            reset(client)
+        elif client not in silent:
+            client.sendall(b"%d" % number)
+    for client in ending:
+        client.shutdown(socket.SHUT_WR)
+    with Rig([listener("web", backend_of(server), endpoint)], [ALLOW_ALL], {endpoint.key: sock}) as rig:
+        server.settimeout(PATIENCE_S)
+        backends = [server.accept()[0] for _ in range(30)]
+        for number, client in enumerate(crowd):
+            if client in silent:
+                client.sendall(b"%d" % number)
+        for backend in backends:
+            backend.settimeout(PATIENCE_S)
+            backend.sendall(b"for " + backend.recv(10))
+        for number, client in enumerate(crowd):
+            if client not in gone:
+                assert client.recv(10) == b"for %d" % number
+        for each in [*backends, *speaking, *ending, *silent]:
+            each.close()
+        ends = Counter(rig.ended(number)[0] for number in range(1, 41))
+        assert ends == {End.FINISHED: 30, End.CLIENT_RESET: 10}
+        assert rig.live("web") == 0
+    server.close()
 
 
 @pytest.mark.parametrize("size", [0, 1, MIB])

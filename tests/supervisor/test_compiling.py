@@ -23,7 +23,9 @@ ARGUMENTS = """
 import json, os, signal, sys, time
 snapshot, report = (int(sys.argv[sys.argv.index(name) + 1]) for name in ("--snapshot", "--report"))
 """
-GOOD = {"accepted": True, "unreadable": False, "problems": [], "text": "", "failure": None}
+GOOD = {
+    "accepted": True, "unreadable": False, "problems": [], "text": "", "failure": None, "sought": [], "patterns": [], "state": None,
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import re
+import select
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.endurance.hostile import flooding
 from tests.support.backends import UdpBackend
-from tests.support.gate import Gate
+from tests.support.gate import ROOT, Gate
 from tests.support.ports import free_port
 from tests.support.wait import until
 
@@ -37,20 +42,10 @@ def policy(port: int, backend: UdpBackend, cap: int, idle: str, rules: str = "")
 
 
 def flood(port: int, sources: int, ports: int, each: int) -> Iterator[None]:
-    """Send ``each`` datagrams from every port of every source, and pause after a few hundred for whoever else wants to speak."""
-    sent = 0
-    for source in range(sources):
-        address = f"127.{1 + (source >> 14)}.{(source >> 7) & 127}.{1 + (source & 127)}"
-        for _ in range(ports):
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-                sender.bind((address, 0))
-                for _ in range(each):
-                    # Answers to ports that are closed by now come back as errors.
-                    with contextlib.suppress(ConnectionRefusedError):
-                        sender.sendto(b"noise", (ASKED, port))
-                    sent += 1
-            if sent % AT_ONCE < each:
-                yield
+    """Flood at the pace of those who listen: pause after a few hundred datagrams for whoever else wants to speak."""
+    for sent in flooding.flood(ASKED, port, sources, ports, each):
+        if sent % AT_ONCE < each:
+            yield
 
 
 class Talkers:
@@ -134,6 +129,78 @@ def test_a_flood_from_many_sources_takes_nothing_from_those_who_talk(
               f" {(resident_bytes(worker) - before) >> 10} KiB more")  # fmt: skip
     finally:
         talkers.close()
+
+
+class Speakers:
+    """Clients with a session each, who go on speaking whether they are answered or not, fifty times a second each."""
+
+    EVERY_S = 0.02
+
+    def __init__(self, port: int, count: int) -> None:
+        self.questions = self.answers = 0
+        self.sockets = []
+        for number in range(count):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind((f"127.201.0.{number + 1}", 0))
+            sock.connect((ASKED, port))
+            sock.setblocking(False)
+            self.sockets.append(sock)
+
+    def speak(self, over: Callable[[], bool]) -> None:
+        """Speak until it is over, then listen for a moment."""
+        due = time.monotonic()
+        while not over():
+            for sock in self.sockets:
+                with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
+                    sock.send(b"%d" % self.questions)
+                self.questions += 1
+            due = max(due + self.EVERY_S, time.monotonic())
+            self.listen(due)
+        self.listen(time.monotonic() + 2)
+
+    def listen(self, until_s: float) -> None:
+        """Take answers until then."""
+        while (left_s := until_s - time.monotonic()) > 0 and self.answers < self.questions:
+            for sock in select.select(self.sockets, [], [], left_s)[0]:
+                with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
+                    while sock.recv(100):
+                        self.answers += 1
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+
+
+@pytest.mark.timeout(300)
+def test_a_flood_at_full_speed(run_gate: Callable[..., Gate], backend: UdpBackend, long: bool) -> None:
+    """Whoever talks is heard beside a flood that nothing slows down, as far as the kernel's buffer lets datagrams in at all.
+
+    What the kernel drops, because the buffer is full, is dropped whoever sent it: so a share of the real ones too, and no more.
+    """
+    cap, sources, ports, each = (10_000, 12_500, 4, 4) if long else (500, 1_000, 2, 4)
+    port = free_port()
+    gate = run_gate(policy(port, backend, cap, "1h"))
+    (worker,) = gate.worker_pids()
+    speakers = Speakers(port, 20)
+    try:
+        speakers.speak(lambda: speakers.questions > 0)
+        assert speakers.answers == speakers.questions
+        before = resident_bytes(worker)
+        command = [sys.executable, "-m", "tests.endurance.hostile.flooding", ASKED, *map(str, (port, sources, ports, each))]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as attack:
+            speakers.speak(lambda: attack.poll() is not None)
+            sent, a_second = attack.communicate()[0].split()
+        scrape = gate.scrape()
+        lost = scrape.value("gatekeeper_accept_overflows_total")
+        share = lost / (int(sent) + speakers.questions)
+        print(f"{sent} datagrams, {a_second} a second; {lost:.0f} dropped by the kernel ({share:.2%}); "
+              f"{speakers.answers} of {speakers.questions} answers ({speakers.answers / speakers.questions:.2%}); "
+              f"{(resident_bytes(worker) - before) >> 10} KiB more")  # fmt: skip
+        assert scrape.value("gatekeeper_sessions") <= cap
+        assert resident_bytes(worker) - before <= cap * SESSION_BYTES + (8 << 20)
+        assert speakers.answers >= (0.99 - 1.5 * share) * speakers.questions
+    finally:
+        speakers.close()
 
 
 @pytest.mark.timeout(180)
