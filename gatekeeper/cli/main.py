@@ -20,7 +20,7 @@ from gatekeeper import __version__
 from gatekeeper.cli.terminal import CANNOT, EXIT_CODES, Terminal, write_examples
 
 COMMANDS = (  # each a module of this package
-    "run", "check", "explain", "schema", "doctor", "demo", "completion",
+    "run", "check", "explain", "diff", "schema", "doctor", "demo", "completion",
     "reload", "confirm", "rollback", "upgrade",
     "status", "sessions", "top", "log", "cut", "ban", "unban", "bans",  # these ask the running daemon
 )  # fmt: skip

@@ -7,6 +7,7 @@ where it stands, with everything else. What several values say together (`crossc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -251,6 +252,22 @@ def parse_audit(text: str) -> str:
     near = nearest(text, kinds)
     hint = f"did you mean {quote(near)}?" if near else f'write {listed(kinds)}, or a path with a "/" in it, like ./audit.log'
     raise ValueError(f"{quote(text)} is no place for the audit log: {hint}")
+
+
+def parse_control(value: Any) -> str:
+    """Return off, or a path with a "/" in it."""
+    text = as_text(value, "a path like /run/gatekeeper/control.sock, {socket: PATH, group: NAME} or off")
+    if text == "off" or "/" in text:
+        return _without_control(text)
+    raise ValueError(f'{quote(text)} is no place for the control socket: write a path with a "/" in it, like ./control.sock, or off')
+
+
+def parse_group(value: Any) -> str:
+    """Return the name of a group of this system; whether it exists is not asked here."""
+    text = as_text(value, "the name of a group")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?", text, re.ASCII):
+        raise ValueError(f"{quote(text)} is not the name of a group: write one of /etc/group, like adm")
+    return text
 
 
 # JSON schema, for editors: what can be said without knowing the file's own names.

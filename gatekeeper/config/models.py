@@ -171,10 +171,30 @@ MetricsItem = Annotated[
 ]
 
 
+class ControlModel(Strict):
+    """Where operators reach the daemon, and who may."""
+
+    KIND: ClassVar[str] = "control"
+
+    socket: Annotated[str | None, BeforeValidator(fields.parse_control), WithJsonSchema({"type": "string"})] = Field(
+        default=None, description="the path of the socket, from the folder of this file (/run/gatekeeper/control.sock)"
+    )
+    group: Annotated[str | None, BeforeValidator(fields.parse_group), WithJsonSchema({"type": "string"})] = Field(
+        default=None, description="a group of this system whose members may command the daemon, beside root and its own user"
+    )
+
+
+ControlItem = Annotated[
+    Annotated[ControlModel, Tag("mapping")]
+    | Annotated[Annotated[str | None, BeforeValidator(fields.parse_control), WithJsonSchema({"type": "string"})], Tag("path")],
+    Discriminator(lambda value: "mapping" if isinstance(value, (dict, ControlModel)) else "path"),
+]
+
+
 class RuleFile(Strict):
     """A gatekeeper rule file: listeners, sets, rules, and what they must hold."""
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"limits", "bans", "decoys", "control"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"limits", "bans", "decoys"})
     KIND: ClassVar[str] = "file"
 
     version: Annotated[int, BeforeValidator(fields.parse_version), WithJsonSchema({"const": 1})] = Field(
@@ -191,6 +211,10 @@ class RuleFile(Strict):
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": fields.MOST_WORKERS}]}),
     ] = Field(default=None, description="worker processes: a number, or auto (the default), one per CPU")
     metrics: MetricsItem = Field(default="off", description="where Prometheus scrapes: {listen: 127.0.0.1:9180}, or off (the default)")
+    control: ControlItem = Field(
+        default=None,
+        description="where operators reach the daemon: a path (/run/gatekeeper/control.sock is the default), {socket: PATH, group: NAME}, or off",
+    )
     audit: Annotated[str, parsed(fields.parse_audit, "stdout, journald, off or a path"), WithJsonSchema({"type": "string"})] = Field(
         default="stdout", description="where the audit log goes: stdout (the default), journald, a path, or off"
     )
@@ -208,4 +232,4 @@ class RuleFile(Strict):
     )
 
 
-MODELS: dict[str, type[Strict]] = {"listeners": ListenerModel, "sets": SetFile, "rules": RuleModel, "tests": TestModel, "metrics": MetricsModel}
+MODELS: dict[str, type[Strict]] = {"listeners": ListenerModel, "sets": SetFile, "rules": RuleModel, "tests": TestModel, "metrics": MetricsModel, "control": ControlModel}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from gatekeeper.config.crosscheck import absolute
 from gatekeeper.config.fields import ANY, Member
 from gatekeeper.config.lists import ListFile
-from gatekeeper.config.models import ListenerModel, MetricsModel, RuleFile, RuleModel, SetFile, TestModel
+from gatekeeper.config.models import ControlModel, ListenerModel, MetricsModel, RuleFile, RuleModel, SetFile, TestModel
 from gatekeeper.config.tree import Value
 from gatekeeper.policy.model import (
     Backend,
@@ -151,9 +151,12 @@ def _settings(file: RuleFile, path: str) -> Settings:
     if isinstance(file.metrics, MetricsModel):
         span = file.metrics.listen
         metrics = Endpoint(Protocol.TCP, span.family, span.host, span.first_port)
+    control = file.control.socket if isinstance(file.control, ControlModel) else file.control
     return Settings(
         workers=file.workers,
         metrics=metrics,
+        control=absolute(control, path) if control and control != "off" else control,
+        control_group=file.control.group if isinstance(file.control, ControlModel) else None,
         audit=absolute(file.audit, path) if "/" in file.audit else file.audit,
         state=absolute(file.state, path) if file.state else None,
         on_reload=file.on_reload,

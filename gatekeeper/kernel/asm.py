@@ -24,7 +24,7 @@ _ATOMIC_ADD = 0xDB  # 64 bits
 _MAP = 0x18  # two instructions wide
 _TO_BIG_ENDIAN = 0xDC
 _CALL, _EXIT = 0x85, 0x95
-_PSEUDO_MAP_FD = 1
+_PSEUDO_MAP_FD, _PSEUDO_MAP_VALUE = 1, 2
 
 
 class Register(enum.IntEnum):
@@ -56,6 +56,7 @@ class Helper(enum.IntEnum):
     CPU = 8
     SK_RELEASE = 86
     SK_ASSIGN = 124
+    JIFFIES = 118
     BOOT_NS = 125
     RING_OUTPUT = 130
 
@@ -126,6 +127,11 @@ class Assembler:
         """Take a map, by its name."""
         self._maps[len(self._code)] = name
         self._add(_MAP, into, Register(_PSEUDO_MAP_FD), 0, 0, f"{into} = map {name}", width=2)
+
+    def contents(self, into: Register, name: str) -> None:
+        """Take the address of the first element of an array, by the name of the map: no look-up, and never null."""
+        self._maps[len(self._code)] = name
+        self._add(_MAP, into, Register(_PSEUDO_MAP_VALUE), 0, 0, f"{into} = &{name}[0]", width=2)
 
     def call(self, helper: Helper) -> None:
         """Call the kernel."""

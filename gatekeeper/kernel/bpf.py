@@ -17,6 +17,7 @@ import struct
 _MAP_CREATE = 0
 _MAP_LOOKUP_ELEM = 1
 _MAP_UPDATE_ELEM = 2
+_MAP_DELETE_ELEM = 3
 _PROG_LOAD = 5
 _OBJ_PIN = 6
 _OBJ_GET = 7
@@ -32,8 +33,10 @@ _ENABLE_STATS = 32
 HASH = 1
 ARRAY = 2
 SOCKMAP = 15
+LPM_TRIE = 11
 RINGBUF = 27
 MMAPABLE = 1 << 10
+NO_PREALLOC = 1
 
 _SK_LOOKUP_TYPE = 30
 _SK_LOOKUP_ATTACH = 36
@@ -81,16 +84,19 @@ def create_map(kind: int, key_bytes: int, value_bytes: int, entries: int, flags:
     return _bpf(_MAP_CREATE, attributes, "BPF_MAP_CREATE")
 
 
-def table(value_bytes: int, entries: int, contents: bytes | memoryview) -> int:
-    """Return an array filled with ``contents`` that nobody can change any more through a descriptor or a mapping.
+def table(value_bytes: int, entries: int, *contents: memoryview) -> int:
+    """Return an array filled with ``contents``, one after the other, that nobody can change any more by whatever means.
 
-    ``value_bytes`` is a multiple of 8: the kernel lays elements out at such distances.
+    ``value_bytes`` is a multiple of 8: the kernel lays elements out at such distances. What is not filled is 0.
     """
     fd = create_map(ARRAY, 4, value_bytes, entries, MMAPABLE)
     try:
         # Unmapped before it is frozen: a writable mapping, and Python's copy of the descriptor, would forbid that.
         with mmap.mmap(fd, value_bytes * entries) as memory:
-            memory[: len(contents)] = contents
+            at = 0
+            for part in contents:
+                memory[at : at + part.nbytes] = part.cast("B")
+                at += part.nbytes
         freeze(fd)
     except BaseException:
         os.close(fd)
@@ -110,8 +116,22 @@ def update(fd: int, key: bytes, value: bytes) -> None:
     _bpf(_MAP_UPDATE_ELEM, attributes, "BPF_MAP_UPDATE_ELEM")
 
 
+def delete(fd: int, key: bytes) -> None:
+    """Take one element out of a map.
+
+    Raises:
+        OSError: ENOENT when there is none.
+    """
+    keys = _buffer(key)
+    _bpf(_MAP_DELETE_ELEM, struct.pack("=IxxxxQQQ", fd, ctypes.addressof(keys), 0, 0), "BPF_MAP_DELETE_ELEM")
+
+
 def update_many(fd: int, keys: bytes, values: bytes, count: int) -> None:
-    """Set ``count`` elements of a hash; keys and values follow one another."""
+    """Set ``count`` elements of a hash or a trie; keys and values follow one another.
+
+    Raises:
+        OSError: some of them are set, others are not.
+    """
     if not count:
         return
     key_buffer, value_buffer = _buffer(keys), _buffer(values)

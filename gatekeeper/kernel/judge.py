@@ -1,6 +1,6 @@
 """A policy in the kernel: the maps of one snapshot, filled and frozen, and the program that reads them.
 
-What lives as long as the service is in `Common`: the ring buffer of reports and the black holes.
+What lives as long as the service is in `Common`: the ring buffer of reports, the black holes and the bans.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import socket
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from operator import sub
 
-from gatekeeper.kernel import bpf, lookup
+from gatekeeper.kernel import bpf, layout, lookup
+from gatekeeper.kernel.bans import Bans
 from gatekeeper.kernel.ring import Ring
+from gatekeeper.kernel.search import Level, levels_v4, levels_v6
+from gatekeeper.policy.model import Action
+from gatekeeper.snapshot.layout import DETAIL_SHIFT
 from gatekeeper.snapshot.reader import Snapshot
 
 REPORTS_PER_S = 10  # of one verdict, as in workers
@@ -30,7 +32,7 @@ _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
 
 class Common:
-    """The ring buffer, and the sockets that answer nothing. Owns them."""
+    """The ring buffer, the sockets that answer nothing, and ``bans``, which all programs share. Owns them."""
 
     def __init__(self) -> None:
         """Make them.
@@ -49,6 +51,7 @@ class Common:
                 self._holes.append(hole)
                 bpf.update(self.holes_map, struct.pack("=I", key), struct.pack("=Q", hole.fileno()))
             self.ring = Ring(self.ring_map, RING_BYTES)
+            self.bans = Bans()
         except BaseException:
             self.close()
             raise
@@ -64,6 +67,8 @@ class Common:
         self.ring_map = self.holes_map = -1
         if hasattr(self, "ring"):
             self.ring.close()
+        if hasattr(self, "bans"):
+            self.bans.close()
 
 
 class Judge:
@@ -78,20 +83,21 @@ class Judge:
             OSError: no memory or no right; `bpf.Refused` when it is the program that the kernel does not take.
         """
         self.slots = list(slots)
-        self._cpus = min(os.cpu_count() or 1, MOST_CPUS)
+        self._cpus = min(1 << ((os.cpu_count() or 1) - 1).bit_length(), MOST_CPUS)
         self._counted = bytes(len(self.slots) * self._cpus * lookup.COUNT.size)
-        maps = {"ring": common.ring_map, "holes": common.holes_map}
+        maps = {"ring": common.ring_map, "holes": common.holes_map} | common.bans.maps
         own: list[int] = []
+        v4, v6 = levels_v4(len(snapshot.v4)), levels_v6(len(snapshot.v6_class))
+        exact, anywhere = _endpoints(snapshot, numbers)
         try:
-            for name, fd in self._make_maps(snapshot, numbers):
+            for name, fd in self._make_maps(snapshot, v4, v6):
                 own.append(fd)
                 maps[name] = fd
-            index = snapshot.v4_index
+            for name, elements in (("endpoints", exact), ("anywhere", anywhere)):
+                own.append(_frozen_hash(elements))
+                maps[name] = own[-1]
             code = lookup.program(lookup.Sizes(
-                v4_parts_bits=(len(index) - 1).bit_length() - 1,
-                v4_part=max(map(sub, islice(index, 1, None), index)),
-                v6_ranges=len(snapshot.v6_class),
-                cpus=self._cpus, per_s=REPORTS_PER_S, burst=REPORTS_BURST,
+                v4, v6, bool(exact), bool(anywhere), self._cpus, REPORTS_PER_S, REPORTS_BURST
             ))  # fmt: skip
             self.instructions = len(code)
             self._counts = mmap.mmap(maps["counts"], len(self._counted), mmap.MAP_SHARED, mmap.PROT_READ)
@@ -101,13 +107,12 @@ class Judge:
             for fd in own:
                 os.close(fd)
 
-    def _make_maps(self, snapshot: Snapshot, numbers: Sequence[int]) -> Iterator[tuple[str, int]]:
-        yield "v4", bpf.table(8, len(snapshot.v4), snapshot.v4.cast("B"))
-        yield "v4_index", bpf.table(8, len(snapshot.v4_index), _spread(snapshot.v4_index))
-        yield "v6", bpf.table(24, len(snapshot.v6_class), _woven(snapshot))
+    def _make_maps(
+        self, snapshot: Snapshot, v4: Sequence[Level], v6: Sequence[Level]
+    ) -> Iterator[tuple[str, int]]:
+        yield from layout.tables(snapshot, v4, v6)
         yield "matrix", bpf.table(8, len(snapshot.matrix), _spread(snapshot.matrix))
-        yield "details", bpf.table(8, len(self.slots), array("Q", self.slots).tobytes())
-        yield "endpoints", _endpoints(snapshot, numbers)
+        yield "details", bpf.table(8, len(self.slots), memoryview(array("Q", self.slots)))
         yield "counts", bpf.create_map(bpf.ARRAY, 4, lookup.COUNT.size, len(self.slots) * self._cpus, bpf.MMAPABLE)
         yield "budgets", bpf.create_map(bpf.ARRAY, 4, lookup.BUDGET.size, len(self.slots))
 
@@ -134,15 +139,6 @@ class Judge:
         self._counts.close()
 
 
-def _woven(snapshot: Snapshot) -> memoryview:
-    """Return the IPv6 ranges as elements of 24 bytes: high, low, class."""
-    table = memoryview(bytearray(24 * len(snapshot.v6_class)))
-    table.cast("Q")[0::3] = snapshot.v6_high
-    table.cast("Q")[1::3] = snapshot.v6_low
-    table.cast("I")[4::6] = snapshot.v6_class
-    return table
-
-
 def _spread(words: memoryview) -> memoryview:
     """Return 32-bit words as elements of 8 bytes."""
     table = memoryview(bytearray(8 * len(words)))
@@ -150,19 +146,30 @@ def _spread(words: memoryview) -> memoryview:
     return table
 
 
-def _endpoints(snapshot: Snapshot, numbers: Sequence[int]) -> int:
-    """Return the map of the addresses that are ours."""
-    keys, values = [], []
+def _endpoints(snapshot: Snapshot, numbers: Sequence[int]) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+    """Return what belongs to the addresses that are ours: particular ones, and wildcards."""
+    exact, anywhere = {}, {}
     for endpoint, number in zip(snapshot.meta["endpoints"], numbers, strict=True):
         family = _FAMILIES.get(endpoint["family"])
         if family is None:
             continue
+        place = endpoint["port"], _PROTOCOLS[endpoint["protocol"]], family
         address = socket.inet_pton(family, endpoint["host"])
-        keys.append(lookup.ENDPOINT_KEY.pack(endpoint["port"], _PROTOCOLS[endpoint["protocol"]], family, address))
-        values.append(lookup.ENDPOINT.pack(endpoint["row"] * snapshot.classes, number, 0, 0))
-    fd = bpf.create_map(bpf.HASH, lookup.ENDPOINT_KEY.size, lookup.ENDPOINT.size, max(len(keys), 1))
+        detail = snapshot.meta["listeners"][endpoint["listener"]]["ban_detail"]
+        value = lookup.ENDPOINT.pack(endpoint["row"] * snapshot.classes, number, detail << DETAIL_SHIFT | Action.DENY, 0)
+        if any(address):
+            exact[lookup.ENDPOINT_KEY.pack(*place, address)] = value
+        else:
+            anywhere[lookup.ANYWHERE_KEY.pack(*place)] = value
+    return exact, anywhere
+
+
+def _frozen_hash(elements: dict[bytes, bytes]) -> int:
+    """Return a map of these elements that nobody can change any more."""
+    key_bytes = len(next(iter(elements), bytes(4)))
+    fd = bpf.create_map(bpf.HASH, key_bytes, lookup.ENDPOINT.size, max(len(elements), 1))
     try:
-        bpf.update_many(fd, b"".join(keys), b"".join(values), len(keys))
+        bpf.update_many(fd, b"".join(elements), b"".join(elements.values()), len(elements))
         bpf.freeze(fd)
     except BaseException:
         os.close(fd)

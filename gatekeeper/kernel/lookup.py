@@ -3,8 +3,8 @@
 The kernel runs it for every SYN and for every datagram of an unconnected sender, and it reads the same table as workers:
 
     endpoint    (family, protocol, port, local address), else the same with the wildcard address; neither: not ours
-    class       binary search of the source among the starts of ranges, one map look-up a step; for IPv4 the snapshot's
-                index says where it begins, so that a table of a million ranges costs few misses of the CPU's caches
+    ban         whether the source is one of the banned, if there are any: they stand above the policy
+    class       where the source lies among the sorted ranges: see `gatekeeper.kernel.search`
     verdict     matrix[row of the endpoint][class]
     count       per detail (listener, rule, reason) and CPU; a refusal is also reported, as far as its budget goes
     end         allow: pass, on to whoever listens · deny: drop, which the other side sees as a reset or as ICMP
@@ -21,6 +21,7 @@ import struct
 from dataclasses import dataclass
 
 from gatekeeper.kernel.asm import R0, R1, R2, R3, R4, R6, R7, R8, R9, R10, Assembler, Helper
+from gatekeeper.kernel.search import Level, search_v4, search_v6
 from gatekeeper.policy.model import Action
 from gatekeeper.snapshot.layout import ACTION_MASK, DETAIL_SHIFT
 
@@ -33,17 +34,24 @@ _REPLACE = 1  # the socket that another program may have chosen
 
 # Elements of our maps.
 ENDPOINT_KEY = struct.Struct("<HBB16s")  # port, protocol, family (AF_INET, AF_INET6), local address
-ENDPOINT = struct.Struct("<IIII")  # first cell of its row in the matrix, its number, 0, unused
+ENDPOINT = struct.Struct("<IIII")  # first cell of its row in the matrix, its number, the verdict on the banned, 0
+ANYWHERE_KEY = struct.Struct("<HBB")  # port, protocol, family: listens at the wildcard address
 COUNT = struct.Struct("<QQ")  # attempts, of those reported; for each detail and CPU
-BUDGET = struct.Struct("<QQ")  # the second it was last filled up in, reports left
+BUDGET = struct.Struct("<QQQ")  # the second it was last filled up in, reports left, the tick it was found empty in
+BANS = struct.Struct("<IIII")  # how many addresses, IPv4 networks and IPv6 networks are banned; unused
+ADDRESS_BYTES = 16  # IPv4 as IPv4-mapped
+BAN_KEY_V4, BAN_KEY_V6 = struct.Struct("<I4s"), struct.Struct("<I16s")  # bits of the prefix, network
 # boot time (ns), slot, endpoint number, source port (network order), port, family, protocol, source, destination
 REPORT = struct.Struct("<QIIIIII16s16s")
 
 # The stack, from its top.
 _INDEX = -8  # key of arrays
-_KEY = -32  # ENDPOINT_KEY
+_KEY = -32  # ENDPOINT_KEY, which begins with an ANYWHERE_KEY
 _FIRST, _NUMBER = -40, -36  # of the endpoint
-_REPORT = -40 - REPORT.size
+_ZERO, _BANNED = -48, -52
+_BAN_KEY = -80  # of a trie: the bits, then the address; the latter, as IPv4-mapped, is the key of the hash
+_ROOM = -104  # for the search
+_REPORT = -104 - REPORT.size
 
 BLACK_HOLE_TCP, BLACK_HOLE_UDP = 0, 1  # keys of "holes"
 
@@ -52,13 +60,15 @@ BLACK_HOLE_TCP, BLACK_HOLE_UDP = 0, 1  # keys of "holes"
 class Sizes:
     """What a program is made for.
 
-    The IPv4 index has 2**``v4_parts_bits`` parts, with at most ``v4_part`` ranges that start in one. ``cpus`` counters are
-    kept for each detail. Each verdict reports up to ``burst`` refusals at once and ``per_s`` a second.
+    ``v4`` and ``v6`` are the levels of the two tables. ``exact`` and ``anywhere``: whether there are endpoints at particular
+    addresses and at the wildcard. ``cpus`` counters, a power of two, are kept for each detail. Each verdict reports up to
+    ``burst`` refusals at once and ``per_s`` a second.
     """
 
-    v4_parts_bits: int
-    v4_part: int
-    v6_ranges: int
+    v4: tuple[Level, ...]
+    v6: tuple[Level, ...]
+    exact: bool
+    anywhere: bool
     cpus: int
     per_s: int
     burst: int
@@ -67,9 +77,13 @@ class Sizes:
 def program(sizes: Sizes) -> Assembler:
     """Return the program for tables of these sizes; it names the maps that `gatekeeper.kernel.judge` fills."""
     code = Assembler()
+    if not sizes.exact and not sizes.anywhere:
+        code.do(R0, "=", _SK_PASS)
+        code.exit()
+        return code
     code.do(R6, "=", R1)  # kept throughout: the connection
-    _find_endpoint(code)
-    _find_class(code, sizes)
+    _find_endpoint(code, sizes)
+    _find_source(code, sizes)
     _find_verdict(code)
     _count(code, sizes.cpus)
     _report(code, sizes.per_s, sizes.burst)
@@ -77,38 +91,31 @@ def program(sizes: Sizes) -> Assembler:
     return code
 
 
-def steps(ahead: int) -> list[int]:
-    """Return what a binary search tries to advance by when the answer is 0 to ``ahead`` places further."""
-    return [1 << bit for bit in reversed(range(ahead.bit_length()))]
-
-
-def _find_endpoint(code: Assembler) -> None:
-    """Leave the row and number of the endpoint on the stack, and the zero that the search among IPv6 ranges starts from in R7."""
+def _find_endpoint(code: Assembler, sizes: Sizes) -> None:
+    """Leave what is known of the endpoint on the stack."""
     code.load(4, R1, R6, _FAMILY)
     code.load(4, R2, R6, _PROTOCOL)
     code.load(4, R3, R6, _LOCAL_PORT)
     code.store(2, R10, _KEY, R3)
     code.store(1, R10, _KEY + 2, R2)
     code.store(1, R10, _KEY + 3, R1)
-    for word in range(4):
-        code.store(4, R10, _KEY + 4 + word * _WORD, 0)
-    code.jump_if(R1, "==", socket.AF_INET, "to_ipv4")
-    code.jump_if(R1, "!=", socket.AF_INET6, "not_ours")
-    for word in range(4):
-        code.load(4, R2, R6, _LOCAL_IP6 + word * _WORD)
-        code.store(4, R10, _KEY + 4 + word * _WORD, R2)
-    code.jump("exact")
-    code.label("to_ipv4")
-    code.load(4, R2, R6, _LOCAL_IP4)
-    code.store(4, R10, _KEY + 4, R2)
-    code.label("exact")
-    _look_up(code, "endpoints", _KEY)
-    code.jump_if(R0, "!=", 0, "ours")
-    for word in range(4):
-        code.store(4, R10, _KEY + 4 + word * _WORD, 0)
-    _look_up(code, "endpoints", _KEY)
-    code.jump_if(R0, "!=", 0, "ours")
-    code.label("not_ours")
+    if sizes.exact:
+        for word in range(1, 4):
+            code.store(4, R10, _KEY + 4 + word * _WORD, 0)
+        code.jump_if(R1, "==", socket.AF_INET, "to_ipv4")
+        for word in range(4):
+            code.load(4, R2, R6, _LOCAL_IP6 + word * _WORD)
+            code.store(4, R10, _KEY + 4 + word * _WORD, R2)
+        code.jump("exact")
+        code.label("to_ipv4")
+        code.load(4, R2, R6, _LOCAL_IP4)
+        code.store(4, R10, _KEY + 4, R2)
+        code.label("exact")
+        _look_up(code, "endpoints", _KEY)
+        code.jump_if(R0, "!=", 0, "ours")
+    if sizes.anywhere:
+        _look_up(code, "anywhere", _KEY)
+        code.jump_if(R0, "!=", 0, "ours")
     code.do(R0, "=", _SK_PASS)
     code.exit()
     code.label("ours")
@@ -116,12 +123,14 @@ def _find_endpoint(code: Assembler) -> None:
     code.store(4, R10, _FIRST, R1)
     code.load(4, R1, R0, 4)
     code.store(4, R10, _NUMBER, R1)
-    # A zero that the verifier does not know to be one: with a constant it would follow every path of the search.
-    code.load(4, R7, R0, 8)
+    code.load(4, R1, R0, 8)
+    code.store(4, R10, _BANNED, R1)
+    code.load(4, R1, R0, 12)
+    code.store(8, R10, _ZERO, R1)
 
 
-def _find_class(code: Assembler, sizes: Sizes) -> None:
-    """Leave the class of the source in R7."""
+def _find_source(code: Assembler, sizes: Sizes) -> None:
+    """Leave the class of the source in R7, or go on at "judged" with the verdict on the banned."""
     code.load(4, R1, R6, _FAMILY)
     code.jump_if(R1, "==", socket.AF_INET, "from_ipv4")
     for half, register in ((0, R8), (2, R9)):
@@ -131,67 +140,56 @@ def _find_class(code: Assembler, sizes: Sizes) -> None:
         code.load(4, R1, R6, _REMOTE_IP6 + (half + 1) * _WORD)
         code.from_network(R1, 32)
         code.do(register, "|=", R1)
-    code.jump_if(R8, "!=", 0, "search_v6")
+    code.jump_if(R8, "!=", 0, "from_ipv6")
     code.do(R1, "=", R9)
     code.do(R1, ">>=", 32)
-    code.jump_if(R1, "!=", 0xFFFF, "search_v6")
+    code.jump_if(R1, "!=", 0xFFFF, "from_ipv6")
     # IPv4-mapped: ::ffff:a.b.c.d is judged as a.b.c.d.
-    code.do(R8, "=", R9)
-    code.do(R8, "<<=", 32)
-    code.do(R8, ">>=", 32)
-    code.jump("search_v4")
+    code.load(4, R8, R6, _REMOTE_IP6 + 3 * _WORD)
+    code.jump("ipv4")
 
-    _search_v6(code, sizes)
+    code.label("from_ipv6")
+    for word in range(4):
+        code.load(4, R1, R6, _REMOTE_IP6 + word * _WORD)
+        code.store(4, R10, _BAN_KEY + (word + 1) * _WORD, R1)
+    _look_for_ban(code, 6)
+    search_v6(code, sizes.v6, _ROOM, _ZERO, "refuse")
+    code.jump("classified")
+
     code.label("from_ipv4")
     code.load(4, R8, R6, _REMOTE_IP4)
+    code.label("ipv4")
+    code.store(4, R10, _BAN_KEY + 4 * _WORD, R8)
+    _look_for_ban(code, 4)
     code.from_network(R8, 32)
-    _search_v4(code, sizes)
+    search_v4(code, sizes.v4, _ROOM, "refuse")
     code.label("classified")
 
 
-def _search_v6(code: Assembler, sizes: Sizes) -> None:
-    """R8 and R9: the source; R7: 0. Leave the class in R7."""
-    code.label("search_v6")
-    for step in steps(sizes.v6_ranges - 1):
-        behind = f"v6_{step}"
-        _look_further(code, "v6", step, behind)
-        code.load(8, R1, R0, 0)
-        code.jump_if(R1, ">", R8, behind)
-        code.jump_if(R1, "<", R8, f"{behind}_yes")
-        code.load(8, R1, R0, 8)
-        code.jump_if(R1, ">", R9, behind)
-        code.label(f"{behind}_yes")
-        code.do(R7, "+=", step)
-        code.label(behind)
-    code.store(4, R10, _INDEX, R7)
-    _look_up(code, "v6", _INDEX)
-    code.jump_if(R0, "==", 0, "refuse")
-    code.load(4, R7, R0, 16)
-    code.jump("classified")
-
-
-def _search_v4(code: Assembler, sizes: Sizes) -> None:
-    """R8: the source. Leave the class in R7."""
-    code.label("search_v4")
-    code.do(R1, "=", R8)
-    code.do(R1, ">>=", 32 - sizes.v4_parts_bits)
-    code.store(4, R10, _INDEX, R1)
-    _look_up(code, "v4_index", _INDEX)
-    code.jump_if(R0, "==", 0, "refuse")
-    # From the last range that starts before this part of all addresses; those of later parts start behind the source.
-    code.load(4, R7, R0, 0)
-    code.do(R7, "-=", 1)
-    for step in steps(sizes.v4_part):
-        behind = f"v4_{step}"
-        _look_further(code, "v4", step, behind)
-        code.load(4, R1, R0, 4)
-        code.jump_if(R1, ">", R8, behind)
-        code.do(R7, "+=", step)
-        code.label(behind)
-    code.store(4, R10, _INDEX, R7)
-    _look_up(code, "v4", _INDEX)
-    code.jump_if(R0, "==", 0, "refuse")
-    code.load(4, R7, R0, 0)
+def _look_for_ban(code: Assembler, family: int) -> None:
+    """Go on at "judged" if the source is banned; it lies where the key of the hash ends, for IPv6 all of it."""
+    v4 = family == 4
+    none, wide = f"not_banned_v{family}", f"bans_v{family}"
+    code.contents(R7, "bans")
+    code.load(4, R1, R7, 0)
+    code.jump_if(R1, "==", 0, wide)
+    if v4:
+        code.store(4, R10, _BAN_KEY + _WORD, 0)
+        code.store(4, R10, _BAN_KEY + 2 * _WORD, 0)
+        code.store(4, R10, _BAN_KEY + 3 * _WORD, socket.htonl(0xFFFF) - (1 << 32))
+    _look_up(code, "banned", _BAN_KEY + _WORD)
+    code.jump_if(R0, "!=", 0, f"banned_v{family}")
+    code.label(wide)
+    code.load(4, R1, R7, _WORD if v4 else 2 * _WORD)
+    code.jump_if(R1, "==", 0, none)
+    key = _BAN_KEY + 3 * _WORD if v4 else _BAN_KEY
+    code.store(4, R10, key, 32 if v4 else 128)
+    _look_up(code, wide, key)
+    code.jump_if(R0, "==", 0, none)
+    code.label(f"banned_v{family}")
+    code.load(4, R7, R10, _BANNED)
+    code.jump("judged")
+    code.label(none)
 
 
 def _find_verdict(code: Assembler) -> None:
@@ -202,6 +200,7 @@ def _find_verdict(code: Assembler) -> None:
     _look_up(code, "matrix", _INDEX)
     code.jump_if(R0, "==", 0, "refuse")
     code.load(4, R7, R0, 0)
+    code.label("judged")
     code.do(R8, "=", R7)
     code.do(R8, "&=", ACTION_MASK)
     code.do(R7, ">>=", DETAIL_SHIFT)
@@ -210,7 +209,7 @@ def _find_verdict(code: Assembler) -> None:
 def _count(code: Assembler, cpus: int) -> None:
     """Count the attempt, and go on only with a refusal; leave its count in R9, null when there is none."""
     code.call(Helper.CPU)
-    code.do(R0, "%=", cpus)
+    code.do(R0, "&=", cpus - 1)
     code.do(R1, "=", R7)
     code.do(R1, "*=", cpus)
     code.do(R1, "+=", R0)
@@ -230,32 +229,41 @@ def _count(code: Assembler, cpus: int) -> None:
 def _report(code: Assembler, per_s: int, burst: int) -> None:
     """Report the refusal if its verdict's budget allows. CPUs that race for the last report may both win."""
     code.jump_if(R9, "==", 0, "end")
-    code.call(Helper.BOOT_NS)
-    code.store(8, R10, _REPORT, R0)
     code.store(4, R10, _INDEX, R7)
     _look_up(code, "budgets", _INDEX)
     code.jump_if(R0, "==", 0, "end")
-    code.load(8, R1, R10, _REPORT)
+    code.do(R7, "=", R0)
+    # In a flood the clock is read once a tick: it costs more than all the rest.
+    code.call(Helper.JIFFIES)
+    code.load(8, R1, R7, 16)
+    code.jump_if(R1, "==", R0, "end")
+    code.store(8, R10, _REPORT, R0)
+    code.call(Helper.BOOT_NS)
+    code.load(8, R4, R10, _REPORT)
+    code.store(8, R10, _REPORT, R0)
+    code.do(R1, "=", R0)
     code.do(R1, "/=", 1_000_000_000)
-    code.load(8, R2, R0, 0)
-    code.load(8, R3, R0, 8)
+    code.load(8, R2, R7, 0)
+    code.load(8, R3, R7, 8)
     code.jump_if(R1, "<=", R2, "filled")
-    code.store(8, R0, 0, R1)
+    code.store(8, R7, 0, R1)
     code.do(R1, "-=", R2)
     code.do(R1, "*=", per_s)
     code.do(R3, "+=", R1)
     code.jump_if(R3, "<=", burst, "filled")
     code.do(R3, "=", burst)
     code.label("filled")
-    code.jump_if(R3, "==", 0, "spent")
+    code.jump_if(R3, "!=", 0, "granted")
+    code.store(8, R7, 16, R4)
+    code.jump("end")
+    code.label("granted")
     code.do(R3, "-=", 1)
-    code.store(8, R0, 8, R3)
+    code.store(8, R7, 8, R3)
     _send_report(code)
-    code.label("spent")
 
 
 def _send_report(code: Assembler) -> None:
-    """Fill in a REPORT, whose time is there already, and send it."""
+    """Fill in a REPORT, whose time is there already, and send it; the detail's number is in _INDEX."""
     _look_up(code, "details", _INDEX)
     code.jump_if(R0, "==", 0, "end")
     code.load(4, R1, R0, 0)
@@ -328,12 +336,3 @@ def _look_up(code: Assembler, name: str, key: int) -> None:
     code.do(R2, "=", R10)
     code.do(R2, "+=", key)
     code.call(Helper.MAP_LOOKUP)
-
-
-def _look_further(code: Assembler, name: str, step: int, behind: str) -> None:
-    """R0 = the range that is ``step`` further than R7; past the end of the table go on at ``behind``."""
-    code.do(R1, "=", R7)
-    code.do(R1, "+=", step)
-    code.store(4, R10, _INDEX, R1)
-    _look_up(code, name, _INDEX)
-    code.jump_if(R0, "==", 0, behind)

@@ -207,8 +207,8 @@ class Policy:
 class Settings:
     """The top-level keys that concern processes rather than verdicts.
 
-    ``workers`` ``None`` is one per CPU; ``metrics``, ``control`` and ``state`` ``None`` are off; ``audit`` is
-    ``stdout``, ``journald``, ``off`` or an absolute path; ``kernel`` is ``auto``, ``off`` or ``require``; ``on_reload``
+    ``workers`` ``None`` is one per CPU; ``metrics`` and ``state`` ``None`` are off; ``control`` is an absolute path,
+    ``off`` or ``None`` (the usual place), and members of ``control_group`` may use it, too; ``audit`` is ``stdout``, ``journald``, ``off`` or an absolute path; ``kernel`` is ``auto``, ``off`` or ``require``; ``on_reload``
     is ``revoke`` or ``keep``: what happens to open sessions that a new policy refuses.
     """
 
@@ -219,6 +219,7 @@ class Settings:
     state: str | None = None
     kernel: str = "off"
     on_reload: str = "revoke"
+    control_group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from operator import lt
 from typing import Any
 
 from gatekeeper.errors import SnapshotError
-from gatekeeper.policy.ranges import Ranges, Wide
+from gatekeeper.policy.ranges import AddressSet, Wide
 
 MAGIC = b"GKBANS01"
 HEADER = struct.Struct("<8sQQ")
@@ -34,7 +34,12 @@ def encode(ranges: Iterable[tuple[int, int, int]]) -> bytes:
     pairs: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
     for family, first, last in ranges:
         pairs[family].append((first, last))
-    v4, v6 = Ranges.of(4, pairs[4]).bounds, Ranges.of(6, pairs[6]).bounds
+    return pack(AddressSet.of(pairs[4], pairs[6]))
+
+
+def pack(addresses: AddressSet) -> bytes:
+    """Return the table that bans these addresses."""
+    v4, v6 = addresses.v4.bounds, addresses.v6.bounds
     assert isinstance(v4, array)
     assert isinstance(v6, Wide)
     return b"".join((HEADER.pack(MAGIC, len(v4), len(v6)), v6.high.tobytes(), v6.low.tobytes(), v4.tobytes()))

@@ -96,7 +96,7 @@ def _meta(config: Config, table: Table) -> dict[str, Any]:
             "metrics": None if settings.metrics is None else {
                 "family": settings.metrics.family, "host": settings.metrics.host, "port": settings.metrics.port,
             },
-            "control": settings.control,
+            "control": {"socket": settings.control, "group": settings.control_group},
             "audit": settings.audit,
             "state": settings.state,
             "kernel": settings.kernel,

@@ -12,7 +12,8 @@
  endpoints   [{"listener": index, "key", "protocol", "family", "host", "port", "address", "row": matrix row,
                "backend": {"family", "host", "port", "text"}}]     one for each socket, file order
  details     [[listener index, rule index or null, action, reason]]
- settings    {"workers", "metrics": {"family", "host", "port"} or null, "control", "audit", "state", "kernel",
+ settings    {"workers", "metrics": {"family", "host", "port"} or null, "audit", "state", "kernel",
+              "control": {"socket": path, off, or null: the usual place, "group": name or null},
               "on_reload": revoke or keep}
  files       [path]
 """

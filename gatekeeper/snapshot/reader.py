@@ -210,8 +210,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
     _require(isinstance(settings["audit"], str), "audit")
     _require(settings["kernel"] in ("auto", "off", "require"), "kernel")
     _require(settings["on_reload"] in ("revoke", "keep"), "on_reload")
-    for key in ("control", "state"):
-        _require(settings[key] is None or isinstance(settings[key], str), key)
+    for value in (settings["state"], settings["control"]["socket"], settings["control"]["group"]):
+        _require(value is None or isinstance(value, str), "state or control")
 
 
 def _is_count(value: Any, limit: int) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper.errors import GatekeeperError
-from gatekeeper.policy.ranges import BITS, Ranges, format_source
+from gatekeeper.policy.ranges import BITS, AddressSet, format_source
 from gatekeeper.supervisor.log import printable
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ class BanList:
     """All bans, at most one for each distinct source; sources may overlap."""
 
     def __init__(self) -> None:
-        self._bans: dict[Source, Ban] = {}
+        self._bans: dict[Source, Ban] = {}  # the latest last
+        self._lines: dict[Source, str] = {}  # in the file, as far as they were made
+        self._covered = AddressSet.EMPTY  # by all bans but the latest
+        self._latest: list[Source] | None = []  # not in ``_covered`` yet; ``None``: that is of no use any more
         self._ends: list[tuple[float, Source]] = []  # a heap; an item whose ban has changed meanwhile means nothing
 
     def __len__(self) -> int:
@@ -82,26 +85,28 @@ class BanList:
 
     def add(self, ban: Ban) -> Ban | None:
         """Add a ban; return the one of exactly the same source that it replaces."""
-        before = self._bans.get(ban.source)
+        before = self._bans.pop(ban.source, None)
+        self._lines.pop(ban.source, None)
         self._bans[ban.source] = ban
+        if self._latest is not None:
+            self._latest.append(ban.source)
         if ban.until is not None:
             heapq.heappush(self._ends, (ban.until, ban.source))
         return before
 
     def lift(self, sources: Iterable[Source]) -> tuple[list[Ban], list[Ban]]:
         """Remove all bans that lie inside ``sources``; return them, and those that still cover a part of it."""
-        wanted = {family: Ranges.of(family, pairs) for family, pairs in _by_family(sources).items()}
+        wanted = _set_of(sources)
         removed, remaining = [], []
         for ban in self._bans.values():
             family, first, last = ban.source
-            bounds = wanted[family].bounds
+            bounds = wanted.of_family(family).bounds
             before, behind = bisect_right(bounds, first), bisect_right(bounds, last)
             if before & 1 and before == behind:
                 removed.append(ban)
             elif before & 1 or before != behind:
                 remaining.append(ban)
-        for ban in removed:
-            del self._bans[ban.source]
+        self._forget(removed)
         return removed, remaining
 
     def expire(self, now: float) -> list[Ban]:
@@ -111,8 +116,24 @@ class BanList:
             until, source = heapq.heappop(self._ends)
             ban = self._bans.get(source)
             if ban is not None and ban.until == until:
-                over.append(self._bans.pop(source))
+                over.append(ban)
+                self._forget([ban])
         return over
+
+    def covered(self) -> AddressSet:
+        """Return all banned addresses; soon, when bans were only added since the last call."""
+        if self._latest is None:
+            self._covered = _set_of(self._bans)
+        elif self._latest:
+            self._covered |= _set_of(self._latest)
+        self._latest = []
+        return self._covered
+
+    def _forget(self, bans: Iterable[Ban]) -> None:
+        for ban in bans:
+            del self._bans[ban.source]
+            self._lines.pop(ban.source, None)
+            self._latest = None  # what else bans the same addresses is known only by looking at all
 
     def next_end(self) -> float | None:
         """Return when the next ban ends, ``None`` when none does; sometimes a moment at which nothing happens."""
@@ -128,10 +149,12 @@ class BanList:
 
     def dump(self) -> str:
         """Return the list as the text of its file."""
-        lines = ",\n".join(
-            json.dumps([*_ends(*ban.source), ban.until, ban.reason, ban.by, ban.since]) for ban in self._bans.values()
-        )
-        return f'{{"version": {VERSION}, "fields": ["first", "last", "until", "reason", "by", "since"], "bans": [\n{lines}\n]}}\n'
+        lines = self._lines
+        for source, ban in self._bans.items():
+            if source not in lines:
+                lines[source] = json.dumps([*_ends(*source), ban.until, ban.reason, ban.by, ban.since])
+        text = ",\n".join(map(lines.__getitem__, self._bans))
+        return f'{{"version": {VERSION}, "fields": ["first", "last", "until", "reason", "by", "since"], "bans": [\n{text}\n]}}\n'
 
     @classmethod
     def parse(cls, text: str) -> BanList:
@@ -236,11 +259,11 @@ def write(directory: str, text: str) -> None:
         os.close(folder)
 
 
-def _by_family(sources: Iterable[Source]) -> dict[int, list[tuple[int, int]]]:
+def _set_of(sources: Iterable[Source]) -> AddressSet:
     pairs: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
     for family, first, last in sources:
         pairs[family].append((first, last))
-    return pairs
+    return AddressSet.of(pairs[4], pairs[6])
 
 
 def _ends(family: int, first: int, last: int) -> tuple[str, str]:

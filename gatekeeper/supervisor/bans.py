@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PUBLISH_EVERY_S = 0.25
 RETRY_S = 2.0  # when there was no memory or no descriptor
-PUBLISH_SHARE = 10  # at most a tenth of our time goes into publishing
+PUBLISH_SHARE = 4  # at most a quarter of our time goes into publishing
 LOOK_EVERY_S = 30.0  # the clock that bans end by can be set
 MOST_ROWS = 5000  # in one answer
 MOST_IN_MESSAGE = 500
@@ -208,7 +208,7 @@ class Bans:
         self._watch_time()
 
     def _make(self) -> bytes:
-        return table.encode(self._list.sources())
+        return table.pack(self._list.covered())
 
     def _hand_out(self, data: bytes | None) -> None:
         """Let workers that start from now on have this table."""

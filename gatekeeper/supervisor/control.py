@@ -78,7 +78,8 @@ class Control:
         Raises:
             ControlError: it was asked for and cannot be had. The default that cannot be had is a warning.
         """
-        place = control_place.choose(option, settings.get("control"), settings.get("control_group"), os.environ)
+        wanted = settings["control"]
+        place = control_place.choose(option, wanted["socket"], wanted["group"], os.environ)
         if place is not None:
             try:
                 self.open(place)

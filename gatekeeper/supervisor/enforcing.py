@@ -177,13 +177,16 @@ class Enforcer:
         """Return what another program in our place needs, so that the program in force stays in force."""
         return Kernel(Fd(self._link), Fd(self.counters_fd), self._flow, ())
 
-    def ban(self, ranges: Iterable[tuple[int, int, int]]) -> None:  # noqa: ARG002 - it refuses all of them
+    def ban(self, ranges: Iterable[tuple[int, int, int]]) -> None:
         """Refuse these (family, first, last) above all policies, and nobody else any more.
 
         Raises:
             KernelError: that is not possible; whom it refused before is still refused.
         """
-        raise KernelError("the kernel cannot refuse the banned here")
+        try:
+            self._common.bans.hold(ranges)
+        except OSError as err:
+            raise KernelError(f"the kernel does not take the bans: {err.strerror}") from err
 
     def guards(self) -> bool:
         """Whether somebody else's listeners are under our policy."""

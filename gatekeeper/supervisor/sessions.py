@@ -79,11 +79,18 @@ class Wanted:
         """
         wanted: dict[str, Any] = {}
         if self.listeners is not None:
-            _check_names("listener", self.listeners, {key.listener for key in bindings.endpoints})
-            wanted["endpoints"] = [number for key, number in bindings.endpoints.items() if key.listener in self.listeners]
+            _check_names("listener", self.listeners, set(bindings.listeners))
         if self.rules is not None:
             _check_names("rule", self.rules, {key.rule for key in bindings.verdicts})
-            wanted["slots"] = [slot for key, slot in bindings.verdicts.items() if key.rule in self.rules]
+        if self.listeners is not None or self.rules is not None:
+            # By verdicts, not by endpoints: a listener may have 65,536 of these.
+            wanted["slots"] = [
+                slot
+                for key, slot in bindings.verdicts.items()
+                if key.action == "allow"
+                and (self.listeners is None or key.listener in self.listeners)
+                and (self.rules is None or key.rule in self.rules)
+            ]
         for name, value in {"sources": self.sources, "flows": self.flows, "states": self.states}.items():
             if value is not None:
                 wanted[name] = list(value)

@@ -93,8 +93,32 @@ tests:
 def test_settings_have_defaults() -> None:
     """One worker per CPU, no metrics, audit on standard output, no state directory."""
     assert accepted(HEAD).settings == Settings()
-    words = HEAD + "workers: auto\nmetrics: off\naudit: off\n"
-    assert accepted(words).settings == Settings(audit="off")
+    words = HEAD + "workers: auto\nmetrics: off\naudit: off\ncontrol: off\n"
+    assert accepted(words).settings == Settings(audit="off", control="off")
+
+
+@pytest.mark.parametrize(
+    ("text", "socket", "group"),
+    [
+        ("/run/gatekeeper/control.sock", "/run/gatekeeper/control.sock", None),
+        ("{socket: /run/x.sock, group: adm}", "/run/x.sock", "adm"),
+        ("{group: adm}", None, "adm"),
+        ("{socket: off}", "off", None),
+    ],
+)
+def test_where_the_control_socket_is(text: str, socket: str | None, group: str | None) -> None:
+    """`control` is a path, a path and a group, a group at the usual place, or off."""
+    settings = accepted(f"{HEAD}control: {text}\n").settings
+    assert (settings.control, settings.control_group) == (socket, group)
+
+
+def test_a_relative_control_socket_is_beside_the_rule_file(tmp_path: Path) -> None:
+    """A relative path starts at the folder of the file that names it, as everywhere."""
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(f"{HEAD}control: ./control.sock\n")
+    loaded = config.load(str(rules))
+    assert loaded.config is not None
+    assert loaded.config.settings.control == f"{tmp_path}/control.sock"
 
 
 def test_anyone_is_any_without_except() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gatekeeper.cli import daemon
 from gatekeeper.supervisor import banlist
 from tests.cli.program import Done, gatekeeper
 from tests.support.backends import TcpBackend, UdpBackend
@@ -230,6 +231,31 @@ def test_slips_are_refused(run_gate: RunGate, monkeypatch: pytest.MonkeyPatch) -
             result = at(gate, *argv)
             assert (result.code, result.out) == (code, ""), (argv, result)
             assert says in result.err, (argv, result)
+        assert banned(gate) == []
+
+
+NONSENSE: list[dict[str, Any]] = [
+    {}, {"sources": []}, {"sources": "10.0.0.1"}, {"sources": [7]}, {"sources": [None]}, {"sources": [["10.0.0.1"]]},
+    {"sources": ["10.0.0.1 "]}, {"sources": ["10.0.0.1"], "for_s": 0}, {"sources": ["10.0.0.1"], "for_s": -1},
+    {"sources": ["10.0.0.1"], "for_s": True}, {"sources": ["10.0.0.1"], "for_s": "1h"}, {"sources": ["10.0.0.1"], "for_s": 1e300},
+    {"sources": ["10.0.0.1"], "reason": 7}, {"sources": ["0.0.0.0/0"], "force": "yes"}, {"sources": ["fe80::1%lo"]},
+]  # fmt: skip
+
+
+def test_requests_that_make_no_sense_are_refused(run_gate: RunGate) -> None:
+    """Whoever speaks to the socket without the command gets the same answers, and the daemon goes on."""
+    port = free_port()
+    with TcpBackend() as tcp, UdpBackend() as udp:
+        gate = run_gate(policy(port, tcp, udp))
+        with daemon.connect(str(gate.control_path)) as asked:
+            for args in NONSENSE:
+                with pytest.raises(daemon.Refused) as refused:
+                    asked.ask("ban", **args)
+                assert refused.value.exit_code == 2, args
+            for skip in (-1, True, "1", 1.5):
+                with pytest.raises(daemon.Refused):
+                    asked.ask("bans", skip=skip)
+            assert asked.ask("bans", skip=10**30).result == {"bans": 0, "next": None, "kept": False}
         assert banned(gate) == []
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import struct
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
 
 from gatekeeper.kernel import lookup
 from gatekeeper.kernel.asm import R0, R1, R10, Assembler, Helper
+from gatekeeper.kernel.search import Level, levels_v4, levels_v6
+from gatekeeper.snapshot.layout import LOW32
 
 
 def test_a_program_is_listed_as_it_is_numbered() -> None:
@@ -34,9 +42,40 @@ def test_a_program_is_listed_as_it_is_numbered() -> None:
     assert instructions[4] == (0x15, 0, 1, 0)
 
 
-def test_the_program_grows_with_the_search_alone() -> None:
-    """A policy without addresses is short; a hundred thousand times more ranges are a few more steps."""
-    small = lookup.program(lookup.Sizes(0, 1, 1, 2, 10, 50))
-    large = lookup.program(lookup.Sizes(16, 1 << 21, 1 << 21, 64, 10, 50))
-    assert len(small) < 350 < len(large) < 1000
+def test_the_program_grows_with_the_levels_alone() -> None:
+    """A policy without addresses is short; a hundred thousand times more ranges are a few more levels."""
+    small = lookup.program(lookup.Sizes(levels_v4(1), levels_v6(1), exact=True, anywhere=True, cpus=2, per_s=10, burst=50))
+    large = lookup.program(
+        lookup.Sizes(levels_v4(1 << 21), levels_v6(1 << 21), exact=True, anywhere=True, cpus=64, per_s=10, burst=50)
+    )
+    assert len(small) < 500 < len(large) < 1000
     assert "goto classified" in large.listing()
+
+
+@pytest.mark.parametrize("levels_of", [levels_v4, levels_v6])
+@pytest.mark.parametrize("ranges", [1, 2, 63, 64, 65, 128, 129, 8192, 8193, 1_000_000, 2_000_001])
+def test_levels_stand_for_all_that_is_below(levels_of: Callable[[int], tuple[Level, ...]], ranges: int) -> None:
+    """One root; each level has a key for each node below it and room for it; the last are the ranges themselves."""
+    levels = levels_of(ranges)
+    assert levels[0].nodes == 1
+    assert levels[-1].below == ranges and levels[-1].every == 1
+    for above, level in pairwise(levels):
+        assert above.below == level.nodes
+        assert above.every == level.every * level.keys
+    for level in levels:
+        assert level.nodes == math.ceil(level.below / level.keys)
+        assert level.keys.bit_count() == 1
+
+
+def test_a_search_goes_where_the_table_says() -> None:
+    """Followed by hand: from the root to the range that holds the address, whatever the sizes."""
+    for ranges in (1, 2, 127, 128, 129, 9000):
+        starts = list(range(0, 10 * ranges, 10))
+        for address in (0, 9, 10, 10 * ranges // 2, 10 * ranges - 1, LOW32):
+            node = 0
+            for level in levels_v4(ranges):
+                keys = starts[:: level.every]
+                keys += [LOW32] * (level.nodes * level.keys - len(keys))
+                here = keys[node * level.keys : (node + 1) * level.keys]
+                node = min(node * level.keys + bisect_right(here, address, lo=1) - 1, level.below - 1)
+            assert node == bisect_right(starts, address) - 1

@@ -11,13 +11,14 @@ import select
 import socket
 import struct
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from gatekeeper.kernel import bpf, lookup
+from gatekeeper.kernel import bans, bpf, lookup
 from gatekeeper.kernel.asm import R0, R1, Assembler
 from gatekeeper.kernel.judge import REPORTS_BURST, Common, Judge
 from gatekeeper.policy.decide import decide
@@ -34,7 +35,7 @@ from gatekeeper.policy.model import (
     Sources,
     Target,
 )
-from gatekeeper.policy.ranges import AddressSet, normalize
+from gatekeeper.policy.ranges import LOW64, AddressSet, normalize
 from gatekeeper.snapshot.bindings import Bindings
 from gatekeeper.snapshot.encode import encode
 from gatekeeper.snapshot.reader import Snapshot
@@ -137,6 +138,98 @@ def test_the_program_gives_the_verdict_of_decide(common: Common) -> None:
         compare()
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("networks", [40, 70, 3000, 12_000])
+def test_a_search_through_several_levels_finds_every_range(family: int, networks: int, common: Common) -> None:
+    """At the bounds of ranges all over a big table, crowded and spread out, several of IPv6 in one /64; and at both ends."""
+    rng = random.Random(networks)
+    width = 32 if family == 4 else 128
+    crowded = {(0xC6 << width - 8) + number * 3 for number in range(networks // 2)}
+    bounds = sorted({rng.getrandbits(width) for _ in range(networks)} | crowded)
+    pairs = list(zip(bounds[0::2], bounds[1::2], strict=False))
+    rule = Rule("r", Action.DROP, from_(*pairs, family=family), None, NOWHERE)
+    host = "0.0.0.0" if family == 4 else "::"
+    web = listener("web", tcp(host, 80))
+    loaded = judge(Policy((web,), (rule,), Action.ALLOW, NOWHERE), common)
+    tried = {0, (1 << width) - 1} | {bound + step for bound in rng.sample(bounds, min(len(bounds), 700)) for step in (-1, 0, 1)}
+    for source in tried:
+        if 0 <= source < 1 << width:
+            expected = Action.DROP if in_one_of(pairs, bounds, source) else Action.ALLOW
+            assert answer(loaded, Protocol.TCP, family, source, host, 80) is expected
+    loaded.close()
+
+
+def in_one_of(pairs: list[tuple[int, int]], bounds: list[int], source: int) -> bool:
+    """Whether the source lies in one of the ranges whose bounds are given in order."""
+    at = max(bisect_right(bounds, source) - 1, 0) // 2
+    return any(first <= source <= last for first, last in pairs[max(at - 1, 0) : at + 1])
+
+
+def test_bans_stand_above_the_policy(common: Common) -> None:
+    """Addresses and networks of both families, mapped ones too; counted as bans; lifted ones are judged by the policy again."""
+    allow_all = Rule("r", Action.ALLOW, Sources(AddressSet.EVERYTHING, AddressSet.EMPTY, True, "", ""), None, NOWHERE)
+    policy = Policy((listener("web", tcp("0.0.0.0", 80), tcp("::", 80)),), (allow_all,), Action.DENY, NOWHERE)
+    loaded = judge(policy, common)
+    seen = {
+        "address": (4, 0x0A000001), "mapped": (6, 0xFFFF << 32 | 0x0A000001), "in range": (4, 0x0A000105), "past it": (4, 0x0A000107),
+        "address 6": (6, 0x20010DB8 << 96 | 7), "in network 6": (6, 0x20010DB8 << 96 | 5 << 64 | 9), "other": (6, 0x20010DB8 << 96 | 8),
+    }  # fmt: skip
+
+    def refused() -> set[str]:
+        return {
+            name for name, (family, source) in seen.items()
+            if answer(loaded, Protocol.TCP, family, source, "0.0.0.0" if family == 4 else "::", 80) is Action.DENY
+        }  # fmt: skip
+
+    assert refused() == set()
+    first = 0x20010DB8 << 96 | 5 << 64
+    common.bans.hold([
+        (4, 0x0A000001, 0x0A000001), (4, 0x0A000101, 0x0A000106),
+        (6, 0x20010DB8 << 96 | 7, 0x20010DB8 << 96 | 7), (6, first, first | LOW64),
+    ])  # fmt: skip
+    assert refused() == {"address", "mapped", "in range", "address 6", "in network 6"}
+    again = judge(policy, common)  # the next policy knows them, too
+    loaded.close()
+    loaded = again
+    common.bans.hold([(4, 0x0A000107, 0x0A000107)])
+    assert refused() == {"past it"}
+    snapshot, _bindings = snapshot_of(policy)
+    news = {snapshot.meta["details"][detail][3]: attempts for detail, (attempts, _reported) in loaded.news().items()}
+    assert news == {"ban": 1, "rule": len(seen) - 1}
+    common.bans.hold([])
+    assert refused() == set()
+    loaded.close()
+
+
+def test_any_bans_are_held_exactly(common: Common) -> None:
+    """Whatever was banned before, and also where there are more addresses than the hash takes."""
+    common.bans.close()
+    common.bans = bans.Bans(most_addresses=5)
+    loaded = judge(Policy((listener("web", tcp("0.0.0.0", 80)),), (), Action.DROP, NOWHERE), common)
+    rng = random.Random(3)
+    for _ in range(60):
+        ranges = []
+        for _ in range(rng.randrange(14)):
+            first = rng.randrange(64)
+            ranges.append((4, first, min(first + rng.choice((0, 0, 0, 1, 6, 20)), 63)))
+        common.bans.hold(ranges)
+        for source in range(64):
+            banned = any(first <= source <= last for _family, first, last in ranges)
+            assert answer(loaded, Protocol.TCP, 4, source, "0.0.0.0", 80) is (Action.DENY if banned else Action.DROP)
+    loaded.close()
+
+
+def test_a_range_is_the_fewest_networks() -> None:
+    """Exactly its addresses, each network as large as its place allows."""
+    for first, last, expected in ((0, 0, 1), (0, 255, 1), (1, 255, 8), (0, 254, 8), (77, 77, 1), (3, 200, None)):
+        found = list(bans.prefixes(first, last, 8))
+        covered = [number for bits, network in found for number in range(network, network + (1 << 8 - bits))]
+        assert covered == list(range(first, last + 1))
+        assert all(network % (1 << 8 - bits) == 0 for bits, network in found)
+        assert expected in (None, len(found))
+
+
 def test_an_exact_address_comes_before_the_wildcard_and_strangers_pass(common: Common) -> None:
     """The listener at the very address judges; the wildcard's judges the others; what is nobody's is left alone."""
     exact, everywhere = listener("exact", tcp("10.0.0.1", 22)), listener("everywhere", tcp("0.0.0.0", 22))
@@ -188,7 +281,7 @@ def test_the_ring_is_read_around_its_end(common: Common) -> None:
 
 def test_a_table_cannot_be_changed_once_it_is_filled() -> None:
     """Not through the descriptor, not through a mapping, not even by root."""
-    fd = bpf.table(8, 4, bytes(32))
+    fd = bpf.table(8, 4, memoryview(bytes(32)))
     with pytest.raises(PermissionError):
         bpf.update(fd, struct.pack("=I", 0), bytes(8))
     with pytest.raises(PermissionError):

@@ -59,7 +59,7 @@ def make_meta(
             for index in range(len(listeners))
         ],
         "details": details,
-        "settings": {"workers": None, "metrics": None, "control": None, "audit": "stdout", "state": None, "kernel": "off"},
+        "settings": {"workers": None, "metrics": None, "control": {"socket": None, "group": None}, "audit": "stdout", "state": None, "kernel": "off"},
         "files": ["rules.yaml"],
     }  # fmt: skip
 

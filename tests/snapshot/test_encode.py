@@ -65,7 +65,7 @@ def example(*, metrics: bool = True) -> Config:
         ),
     )
     endpoint = Endpoint(Protocol.TCP, 4, "127.0.0.1", 9180) if metrics else None
-    settings = Settings(2, endpoint, "/run/control.sock", "/var/log/audit.json", "/var/lib/gatekeeper")
+    settings = Settings(2, endpoint, "/run/control.sock", "/var/log/audit.json", "/var/lib/gatekeeper", control_group="operators")
     policy = Policy((ssh, app, dns), rules, Action.DENY, Place("a.yaml", 3, 1))
     return Config(policy, settings, "ab" * 32, ("a.yaml", "b.yaml"))
 
@@ -99,7 +99,8 @@ def test_the_meta_section_is_what_its_page_says() -> None:
         "family": 0, "host": "/run/backend.sock", "port": 0, "text": "unix:/run/backend.sock",
     }  # fmt: skip
     assert meta["settings"] == {
-        "workers": 2, "metrics": {"family": 4, "host": "127.0.0.1", "port": 9180}, "control": "/run/control.sock",
+        "workers": 2, "metrics": {"family": 4, "host": "127.0.0.1", "port": 9180},
+        "control": {"socket": "/run/control.sock", "group": "operators"},
         "audit": "/var/log/audit.json", "state": "/var/lib/gatekeeper", "kernel": "off", "on_reload": "revoke",
     }  # fmt: skip
     assert Snapshot(b"".join(encode(example(metrics=False)))).meta["settings"]["metrics"] is None

@@ -108,6 +108,32 @@ def test_lifting_agrees_with_asking_about_each_address(banned: list[banlist.Sour
         assert (source in {one.source for one in stays}) == (any(inside) and not all(inside))
 
 
+CHANGES = st.lists(st.tuples(st.sampled_from(["add", "lift", "expire", "look"]), SMALL), max_size=12)
+
+
+@settings(max_examples=400, deadline=None)
+@given(CHANGES)
+def test_what_is_covered_follows_every_change(changes: list[tuple[str, banlist.Source]]) -> None:
+    """Whatever was added, lifted and expired in between, the addresses covered are those of the bans in the list."""
+    found = BanList()
+    now = 0.0
+    for what, source in changes:
+        now += 1.0
+        if what == "add":
+            found.add(Ban(source, now + 3.0 if source[1] % 2 else None, "", 0, now))
+        elif what == "lift":
+            found.lift([source])
+        elif what == "expire":
+            found.expire(now)
+        else:
+            found.covered()
+    for family in (4, 6):
+        for at in range(11):
+            wanted = any(ban.source[0] == family and ban.source[1] <= at <= ban.source[2] for ban in found)
+            assert found.covered().contains(family, at) == wanted
+    assert list(BanList.parse(found.dump())) == list(found)
+
+
 def test_bans_end_when_their_time_has_come() -> None:
     """Those that are over are given back, once; a ban that was made anew ends at its new time."""
     found = BanList()
