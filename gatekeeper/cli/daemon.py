@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -24,7 +25,7 @@ from gatekeeper.cli.terminal import CANNOT, CannotDo
 
 VERSION = 1
 VARIABLE = "GATEKEEPER_CONTROL"
-CONNECT_S = 5.0
+CONNECT_S = 5
 PATIENCE_S = 30.0
 MOST_FDS = 16
 CHUNK_BYTES = 1 << 18
@@ -200,7 +201,8 @@ def connect(path: str | None, patience_s: float | None = PATIENCE_S) -> Daemon:
     places = [path] if path else default_places()
     for place in places:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(CONNECT_S)
+        # Not settimeout: then a full queue of the daemon would be an error at once.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", CONNECT_S, 0))
         try:
             sock.connect(place)
         except OSError as err:
@@ -208,6 +210,7 @@ def connect(path: str | None, patience_s: float | None = PATIENCE_S) -> Daemon:
             if err.errno in {errno.ENOENT, errno.ECONNREFUSED} and place != places[-1]:
                 continue
             raise Unreachable(_why(err, places, place)) from err
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 0))
         sock.settimeout(patience_s)
         return Daemon(sock, place)
     raise Unreachable(_why(FileNotFoundError(errno.ENOENT, ""), places, ""))
@@ -239,6 +242,6 @@ def _why(err: OSError, places: list[str], place: str) -> str:
         return f"no daemon answers at {' or '.join(places)}: is it running? (--control or {VARIABLE} say where)"
     if err.errno in {errno.EACCES, errno.EPERM}:
         return f"you may not connect to {place}: become root, or a member of the group that `control` names"
-    if isinstance(err, TimeoutError):
+    if err.errno == errno.EAGAIN:
         return f"the daemon at {place} does not answer"
     return f"cannot connect to {place}: {err.strerror or err}"

@@ -21,7 +21,7 @@ from gatekeeper.cli.terminal import CANNOT, EXIT_CODES, Terminal, write_examples
 
 COMMANDS = (  # each a module of this package
     "run", "check", "explain", "diff", "schema", "doctor", "demo", "completion",
-    "reload", "confirm", "rollback", "upgrade",
+    "plan", "reload", "confirm", "rollback", "upgrade",
     "status", "sessions", "top", "log", "cut", "ban", "unban", "bans",  # these ask the running daemon
 )  # fmt: skip
 COMPLETION = "_GATEKEEPER_COMPLETE"  # the variable in which the scripts of `gatekeeper completion` ask
@@ -81,6 +81,9 @@ def main(argv: Sequence[str], stdin: TextIO, stdout: TextIO, stderr: TextIO) -> 
             code = INTERRUPTED
         except BrokenPipeError:
             code = NOBODY_READS
+        except MemoryError:
+            stderr.write("gatekeeper: there is not enough memory\n")
+            code = CANNOT
         except OSError as err:  # whatever the machine refuses; each command translates what it expects
             stderr.write(f"gatekeeper: {err}\n")
             code = CANNOT

@@ -46,7 +46,8 @@ def parse_duration(_ctx: click.Context, _param: click.Parameter, text: str) -> f
     "--state", envvar="GATEKEEPER_STATE", metavar="DIR",
     help="The state directory; overrides `state` in the file, and is known when the file is broken. Also GATEKEEPER_STATE.",
 )  # fmt: skip
-def command(file: str, workers: int | None, drain_timeout: float, control: str | None, state: str | None) -> int:
+@click.option("--watch", is_flag=True, help="Reload when FILE changes, or a file that it includes or reads addresses from.")
+def command(file: str, workers: int | None, drain_timeout: float, control: str | None, state: str | None, watch: bool) -> int:
     """Serve the rules in FILE in the foreground until SIGTERM or SIGINT.
 
     SIGHUP reads the file again: if it is good, every worker changes over and no session ends; if not, the old policy
@@ -57,4 +58,4 @@ def command(file: str, workers: int | None, drain_timeout: float, control: str |
     from gatekeeper.supervisor.log import Log  # noqa: PLC0415 - for this command alone
     from gatekeeper.supervisor.supervisor import Options, Supervisor  # noqa: PLC0415
 
-    return Supervisor(Options(file, workers, drain_timeout, control or None, state or None), Log()).run()
+    return Supervisor(Options(file, workers, drain_timeout, control or None, state or None, watch), Log()).run()

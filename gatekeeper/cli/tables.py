@@ -66,8 +66,15 @@ def status_lines(status: dict[str, Any]) -> list[Text]:
         ),
         Text(f"policy {str(status['policy'])[:12]} from {status['rules']}, in force since {moment(reload['at'])}"),
     ]
-    if not reload["successful"]:
+    if status["unconfirmed"]:
+        trial = status["unconfirmed"]
+        lines.append(Text(f"not confirmed: {trial['before'][:12]} comes back at {moment(trial['until'])}", "bold yellow"))
+    if status["last_good"]:
+        lines.append(Text(f"the rule file is of no use, the last good policy is in force: {reload['error']}", "bold red"))
+    elif not reload["successful"]:
         lines.append(Text(f"the last reload failed: {reload['error']}", "bold red"))
+    if status["save_error"]:
+        lines.append(Text(f"the policy could not be saved in the state directory: {status['save_error']}", "bold red"))
     return lines
 
 

@@ -6,26 +6,29 @@ import os
 import stat
 from dataclasses import replace
 
-from gatekeeper.config.files import writable_by
 from gatekeeper.config.lint import lint
 from gatekeeper.config.loader import Loaded, load
 from gatekeeper.config.problems import Problem, Severity
+from gatekeeper.config.reading import writable_by
 from gatekeeper.policy.model import Place
 from gatekeeper.policy.prove import proves_nothing, run_tests
+from gatekeeper.progress import Tell, silent
 
 
-def check(path: str, text: bytes | None = None) -> Loaded:
+def check(path: str, text: bytes | None = None, tell: Tell = silent) -> Loaded:
     """Load a rule file, prove its tests and look for rules that never decide; see `load`.
 
     ``config`` is ``None`` when a test does not hold: such a policy is not applied.
     """
-    loaded = load(path, text)
+    loaded = load(path, text, tell)
     problems = list(loaded.problems)
     if text is not None:
         problems += _foresee_rights(path)
     config = loaded.config
     if config is not None:
+        tell("looking for rules that never decide", 0, 0)
         problems += lint(config.policy)
+        tell("proving tests", 0, 0)
         errors = [_error(failure.place, failure.message) for failure in run_tests(config.policy)]
         errors += [
             _error(test.place, 'this test proves nothing: no source of it can reach its "to", correct one of them')

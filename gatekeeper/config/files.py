@@ -1,7 +1,6 @@
-"""Reading the files that a rule file consists of: each once, with its limits, its rights and its digest.
+"""The files of one rule file: each read once, with its limits and its digest, and includes expanded.
 
-What is read is a policy, so whoever may write it decides who gets in: a file that its group or others may write is
-refused. A list file may be large, and is read by `lists`; everything else is YAML of at most 4 MiB.
+A list file may be large, and is read by `lists`; everything else is YAML of at most 4 MiB.
 """
 
 from __future__ import annotations
@@ -9,22 +8,16 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import stat
 
 from gatekeeper.config.problems import Problem, Severity
+from gatekeeper.config.reading import SIZE_MOST_BYTES, Refused, read
 from gatekeeper.config.tree import PROBLEMS_MOST, Spot, Value, decode, parse
 from gatekeeper.config.words import brief, quote
 from gatekeeper.policy.model import Place
+from gatekeeper.progress import Tell, silent
 
-SIZE_MOST_BYTES = 4 << 20
 FILES_MOST = 1000
 INCLUDES_DEEP_MOST = 32  # files between the rule file and a rule
-
-_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO must not hold up a reload
-
-
-class Refused(Exception):
-    """A file cannot or must not be read; the message says why."""
 
 
 class TooManyProblems(Exception):
@@ -37,7 +30,8 @@ class Files:
     ``sought`` are the paths that were read or could not be, ``patterns`` what was looked for: (folder, pattern in it).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Tell = silent) -> None:
+        self.tell = tell
         self.problems: list[Problem] = []
         self.texts: dict[str, str] = {}
         self.read: list[str] = []
@@ -64,6 +58,7 @@ class Files:
 
         ``text`` is its content when the caller has it; ``named_at`` is where problems of the file as a whole are.
         """
+        self.tell(f"reading {path}", 0, 0)
         if text is None:
             self.sought.append(path)
             try:
@@ -148,46 +143,3 @@ class Files:
             self.error(root.spot, "rule.include", f'an included file is a list of rules ("- name: ..."){hint}')
             return []
         return self.expand(root, (*chain, real))
-
-
-def read(path: str) -> bytes:
-    """Return what is in a rule file; one byte more than is allowed shows that it is too large.
-
-    Raises:
-        Refused: it cannot or must not be read.
-    """
-    try:
-        fd = os.open(path, _OPEN_FLAGS)
-        with open(fd, "rb", buffering=0) as file:
-            _check(path, os.fstat(fd))
-            return file.read(SIZE_MOST_BYTES + 1) or b""
-    except (OSError, ValueError) as err:
-        raise Refused(f"cannot read {brief(path)}: {getattr(err, 'strerror', None) or err}") from err
-
-
-def check_readable(path: str) -> None:
-    """Check that a list file may be read, without reading it.
-
-    Raises:
-        Refused: it cannot or must not be read.
-    """
-    try:
-        fd = os.open(path, _OPEN_FLAGS)
-        try:
-            _check(path, os.fstat(fd))
-        finally:
-            os.close(fd)
-    except (OSError, ValueError) as err:
-        raise Refused(f"cannot read {brief(path)}: {getattr(err, 'strerror', None) or err}") from err
-
-
-def writable_by(mode: int) -> str:
-    """Return who beside the owner may write a file of this mode, "" when nobody may."""
-    return "everybody" if mode & stat.S_IWOTH else "its group" if mode & stat.S_IWGRP else ""
-
-
-def _check(path: str, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise Refused(f"{brief(path)} is not a regular file")
-    if who := writable_by(found.st_mode):
-        raise Refused(f"{brief(path)} may be written by {who}, who could let anybody in: chmod go-w {brief(path)}")

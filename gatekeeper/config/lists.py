@@ -7,6 +7,7 @@ line they cannot read sends its block down the slow path, which goes line by lin
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from gatekeeper.config.addresses import parse_source
 from gatekeeper.config.problems import Problem, Severity
 from gatekeeper.policy.model import Place
 from gatekeeper.policy.ranges import AddressSet, Bounds, Ranges, Wide, normalize
+from gatekeeper.progress import Tell, silent
 
 BLOCK_BYTES = 1 << 16  # what is made of a block fits the cache, and its memory is used again for the next
 LONGEST_LINE_BYTES = 1 << 16
@@ -48,13 +50,13 @@ class ListFile:
     digest: str
 
 
-def load_list(path: str) -> ListFile:
+def load_list(path: str, tell: Tell = silent) -> ListFile:
     """Read a list file. An empty one is a warning; wrong lines are errors: at most 20, and then how many more.
 
     Raises:
         OSError: the file cannot be read.
     """
-    return _Reader(path).read()
+    return _Reader(path).read(tell)
 
 
 class _Reader:
@@ -66,13 +68,17 @@ class _Reader:
         self._wrong = 0
         self._problems: list[Problem] = []
 
-    def read(self) -> ListFile:
+    def read(self, tell: Tell) -> ListFile:
         digest = hashlib.sha256()
+        what, done = f"reading {self._path}", 0
         line = 1
         with open(self._path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             while block := file.read(BLOCK_BYTES):
                 block += file.readline(LONGEST_LINE_BYTES)
                 digest.update(block)
+                done += len(block)
+                tell(what, done, size)
                 entries = block.removeprefix(_BYTE_ORDER_MARK) if line == 1 else block
                 if not self._read_fast(entries):
                     self._read_slowly(entries, line)
@@ -80,6 +86,7 @@ class _Reader:
                 if not block.endswith(b"\n") and file.peek(1):
                     self._refuse(line, 1, f"this line is longer than {LONGEST_LINE_BYTES} bytes: the rest is not read", 1)
                     break
+        tell(f"sorting {self._path}", 0, 0)
         addresses = AddressSet(*(Ranges.joined(family, self._starts[family], self._lasts[family]) for family in (4, 6)))
         return ListFile(addresses, self._all_problems(), self._entries, digest.hexdigest())
 

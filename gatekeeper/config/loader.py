@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from gatekeeper.config import files as reading
+from gatekeeper.config import reading
 from gatekeeper.config.crosscheck import crosscheck
 from gatekeeper.config.fields import Names
 from gatekeeper.config.files import Files, TooManyProblems
@@ -28,6 +28,7 @@ from gatekeeper.config.resolve import resolve
 from gatekeeper.config.tree import PROBLEMS_MOST, Spot, Value
 from gatekeeper.config.words import brief
 from gatekeeper.policy.model import Config, Place
+from gatekeeper.progress import Tell, silent
 
 
 @dataclass(slots=True)
@@ -46,13 +47,13 @@ class Loaded:
     patterns: list[tuple[str, str]] = field(default_factory=list)
 
 
-def load(path: str, text: bytes | None = None) -> Loaded:
+def load(path: str, text: bytes | None = None, tell: Tell = silent) -> Loaded:
     """Read a rule file and everything it names; does not run its tests.
 
     ``path`` is its name in messages, and paths in it start from its folder; ``text`` is its content, read from ``path``
-    when ``None``. Never raises for what is in the files or missing.
+    when ``None``; ``tell`` hears how far it is. Never raises for what is in the files or missing.
     """
-    files = Files()
+    files = Files(tell)
     try:
         config = _read(path, text, files)
     except TooManyProblems:
@@ -72,6 +73,7 @@ def _read(path: str, text: bytes | None, files: Files) -> Config | None:
     lists = _load_lists(root, files)
     if model is None or _has_error(files.problems):
         return None
+    files.tell("compiling", 0, 0)
     policy, settings = resolve(model, root, lists)
     return Config(policy, settings, files.digest(), tuple(files.read))
 
@@ -130,7 +132,7 @@ def _load_lists(root: Value, files: Files) -> dict[str, ListFile]:
             if path not in read:
                 files.sought.append(path)
                 reading.check_readable(path)
-                read[path] = load_list(path)
+                read[path] = load_list(path, files.tell)
                 files.note(path, read[path].digest)
                 _keep_lines(path, read[path].problems, files)
             found[name] = read[path]

@@ -95,6 +95,21 @@ def _policy(service: Service) -> Iterator[Metric]:
         successful.add_metric([], float(bool(state.get("last_reload_successful"))))
         timestamp.add_metric([], float(state.get("last_reload_timestamp") or 0.0))
     yield from (info, rules, ranges, successful, timestamp)
+    yield GaugeMetricFamily(
+        "gatekeeper_config_unconfirmed",
+        "1 while the policy in force is on trial and the one before it comes back unless it is confirmed.",
+        value=float(bool(state.get("unconfirmed"))),
+    )
+    yield GaugeMetricFamily(
+        "gatekeeper_config_from_last_good",
+        "1 while the policy in force is the last good one, because the rule file was of no use at the start.",
+        value=float(bool(state.get("last_good"))),
+    )
+    yield CounterMetricFamily(
+        "gatekeeper_config_save_failures",
+        "Policies that were put in force and could not be saved in the state directory.",
+        value=float(state.get("save_failures_total") or 0),
+    )
 
 
 def _processes(service: Service, totals: Totals) -> Iterator[Metric]:

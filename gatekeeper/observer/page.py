@@ -62,6 +62,9 @@ def status(service: Service, lost: Sequence[tuple[str, int]], now_s: float | Non
             "successful": bool(state.get("last_reload_successful")),
             "timestamp": state.get("last_reload_timestamp"),
             "error": state.get("last_reload_error"),
+            "last_good": bool(state.get("last_good")),
+            "unconfirmed": state.get("unconfirmed"),
+            "save_error": state.get("save_error"),
         },
         "bans": state.get("bans") or 0,
         "workers": [
@@ -227,10 +230,20 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def _reload(reload: dict[str, Any]) -> str:
     if reload["timestamp"] is None:
         return "none yet"
-    when = dt.datetime.fromtimestamp(reload["timestamp"], dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    when = _moment(reload["timestamp"])
+    if reload["unconfirmed"]:
+        return _bad(f"applied {when}, not confirmed: the policy before comes back at {_moment(reload['unconfirmed']['until'])}")
+    if reload["last_good"]:
+        return _bad("the rule file is of no use: the last good policy is in force")
+    if reload["save_error"]:
+        return _bad(f"applied {when}, but not saved in the state directory: {reload['save_error']}")
     if reload["successful"]:
         return _good(f"applied {when}")
     return _bad(f"failed; the policy of {when} stays in force")
+
+
+def _moment(at: float) -> str:
+    return dt.datetime.fromtimestamp(at, dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _text(value: Any) -> str:

@@ -85,9 +85,9 @@ class TcpGate(Gate):
 
     def take(self) -> None:
         """Accept and judge. The batch grows while it finds work, so that a quiet listener costs no extra call."""
-        if self.paused:
-            return
         shared = self.shared
+        if self.paused or (shared.loop.ends and self.terms.max_sessions is not None):  # an end may make room
+            return
         take = self.sock._accept  # type: ignore[attr-defined]  # noqa: SLF001 - a descriptor without a wrapper object
         for taken in range(self.batch):
             if shared.open_fds + FDS_PER_SESSION > shared.max_fds:

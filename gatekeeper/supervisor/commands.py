@@ -71,6 +71,9 @@ class Operators:
                 "at": state["last_reload_timestamp"],
                 "error": state["last_reload_error"],
             },
+            "unconfirmed": state["unconfirmed"],
+            "last_good": state["last_good"],
+            "save_error": state["save_error"],
             "workers": state["workers"],
             "leaving": state["leaving"],
             "upgrades": {

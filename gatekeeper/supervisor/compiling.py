@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,7 @@ class Compilation:
 
 
 class Compiler:
-    """Compiles the rule file of the service, one time at a time."""
+    """Compiles the rule file of the service, one time at a time. ``follow`` is told what it was compiled from, and when."""
 
     def __init__(self, loop: Loop, log: Log, command: Sequence[str], path: str) -> None:
         self._loop = loop
@@ -150,6 +151,7 @@ class Compiler:
         self._command = command
         self._path = path
         self._compilation: Compilation | None = None
+        self.follow: Callable[[Sequence[str], Sequence[tuple[str, str]], float], None] | None = None
 
     @property
     def busy(self) -> bool:
@@ -158,9 +160,12 @@ class Compiler:
 
     def start(self, done: Callable[[Compiled], None]) -> None:
         """Run the compiler; ``done`` is called with what came out, unless it is cancelled."""
+        began = time.time()
 
         def compiled(result: Compiled) -> None:
             self._compilation = None
+            if self.follow is not None and result.sought:
+                self.follow(result.sought, result.patterns, began)
             done(result)
 
         try:

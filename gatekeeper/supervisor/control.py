@@ -21,7 +21,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper.supervisor import control_place
-from gatekeeper.supervisor.control_client import BadRequest, Client, Peer, Request, encode
+from gatekeeper.supervisor.control_client import BadRequest, Client, Limits, Peer, Request, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,27 +29,26 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.loop import Loop
 
-__all__ = ["BadRequest", "Control", "Peer", "Request"]
+__all__ = ["BadRequest", "Control", "Limits", "Peer", "Request"]
 
-MOST_CLIENTS = 64
-RESERVED = 8  # further ones, for root and our own user: the others must not lock these out
-RATE_PER_S, BURST = 50.0, 100.0  # requests of one user
 ACCEPT_PAUSE_S = 1.0  # while descriptors are exhausted the socket stays readable, and the loop would spin
 MOST_ACCEPTS = 16  # in one turn
 MOST_BUCKETS = 1000
 
 _PEERCRED = struct.Struct("iII")
+_USUAL = Limits()
 _SO_PEERGROUPS = 59  # asm-generic/socket.h; Python's socket has no name for it
 
 
 class Control:
     """The server. Without `open` it serves nobody."""
 
-    def __init__(self, loop: Loop, log: Log) -> None:
+    def __init__(self, loop: Loop, log: Log, limits: Limits = _USUAL) -> None:
         self.handlers: dict[str, Callable[[Request], None]] = {}
         self.path: str | None = None
         self.place: control_place.Place | None = None
         self.dropped = 0  # clients that went past a bound
+        self.limits = limits
         self.loop = loop
         self._log = log
         self.clients: set[Client] = set()
@@ -130,13 +129,13 @@ class Control:
 
     def wait_s(self, uid: int) -> float:
         """Take one request from what a user may send; return how long it must wait for that."""
-        now = time.monotonic()
+        now, rate_per_s, burst = time.monotonic(), self.limits.rate_per_s, self.limits.burst
         if len(self._buckets) > MOST_BUCKETS:
-            self._buckets = {who: have for who, have in self._buckets.items() if now - have[1] < BURST / RATE_PER_S}
-        tokens, since = self._buckets.get(uid, (BURST, now))
-        tokens = min(BURST, tokens + (now - since) * RATE_PER_S)
+            self._buckets = {who: have for who, have in self._buckets.items() if now - have[1] < burst / rate_per_s}
+        tokens, since = self._buckets.get(uid, (burst, now))
+        tokens = min(burst, tokens + (now - since) * rate_per_s)
         if tokens < 1.0:
-            return (1.0 - tokens) / RATE_PER_S
+            return (1.0 - tokens) / rate_per_s
         self._buckets[uid] = tokens - 1.0, now
         return 0.0
 
@@ -170,7 +169,7 @@ class Control:
         refusal = None
         if peer is None:
             refusal = "you may not: only root, the daemon's own user and members of the group that `control` names may"
-        elif len(self.clients) >= MOST_CLIENTS + (RESERVED if peer.privileged else 0):
+        elif len(self.clients) >= self.limits.clients + (self.limits.reserved if peer.privileged else 0):
             refusal = "too many clients of the control socket"
             self.dropped += 1
         if peer is None or refusal is not None:

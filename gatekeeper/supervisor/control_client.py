@@ -21,12 +21,22 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.control import Control
 
 VERSION = 1
-MOST_REQUEST_BYTES = 1 << 16
-MOST_UNSENT_BYTES = 16 << 20  # of one client: about 40,000 sessions ahead of a reader that is slow for a moment
-IDLE_S = 30.0  # without a whole request
-STUCK_S = 10.0  # with an answer of which nothing is taken
+MOST_REQUEST_BYTES = 1 << 16  # its newline included
 MOST_FDS = 4  # with one request
 _KERNEL_MOST_FDS = 253  # whatever comes is seen, and closed
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of us clients may use. ``rate_per_s`` and ``burst`` are requests of one user."""
+
+    clients: int = 64
+    reserved: int = 8  # further clients, for root and our own user: the others must not lock these out
+    rate_per_s: float = 50.0
+    burst: float = 100.0
+    idle_s: float = 30.0  # without a whole request
+    stuck_s: float = 10.0  # with an answer of which nothing is taken
+    unsent_bytes: int = 16 << 20  # of one client: about 40,000 sessions ahead of a reader that is slow for a moment
 
 
 class BadRequest(GatekeeperError):
@@ -125,7 +135,7 @@ class Client:
             return
         self._unsent_bytes += len(data)
         self._flush()
-        if self._unsent_bytes > MOST_UNSENT_BYTES:
+        if self._unsent_bytes > self._control.limits.unsent_bytes:
             self._drop()
         self._watch()
 
@@ -133,9 +143,9 @@ class Client:
         """Hang up when nothing has happened for too long."""
         silent_s = now - self._progressed
         if self._unsent:
-            if silent_s > STUCK_S:
+            if silent_s > self._control.limits.stuck_s:
                 self._drop()
-        elif self._request is None and not self._paused and silent_s > IDLE_S:
+        elif self._request is None and not self._paused and silent_s > self._control.limits.idle_s:
             self.close()
 
     def close(self) -> None:
@@ -170,13 +180,14 @@ class Client:
     def _on_event(self) -> None:
         if self._unsent:
             self._flush()
+        self._advance()  # with what has arrived already: behind it there may be the end
         if self._closed:
             return
         if self._wants_more():
             self._read()
+            self._advance()
         elif not self._unsent and _hung_up(self._sock):
             self.close()
-        self._advance()
 
     def _read(self) -> None:
         try:

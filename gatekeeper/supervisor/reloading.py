@@ -163,14 +163,14 @@ class Reloader:
         self._compiler.start(self._compiled)
 
     def _compiled(self, compiled: Compiled) -> None:
-        why = self._compiler.tell_problems(compiled)
-        if compiled.snapshot_fd is None:
-            self._ended(Outcome(why, compiled.text, refused=compiled.failure is None), compiled.first)
-            return
-        digest, confirm_s = digest_of(compiled.snapshot_fd), self._asks[0].confirm_s
-        if self._needless(digest):
+        digest = digest_of(compiled.snapshot_fd) if compiled.snapshot_fd is not None else None
+        if compiled.snapshot_fd is not None and self._needless(digest):
             os.close(compiled.snapshot_fd)
             self._over()
+            return
+        why, confirm_s = self._compiler.tell_problems(compiled), self._asks[0].confirm_s
+        if compiled.snapshot_fd is None:
+            self._ended(Outcome(why, compiled.text, refused=compiled.failure is None), compiled.first)
         elif confirm_s is not None and digest is not None:
             snapshot_fd = compiled.snapshot_fd
             self._effect.note_trial(digest, lambda: self._install(snapshot_fd))

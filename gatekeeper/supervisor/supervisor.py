@@ -2,7 +2,7 @@
 
     compile ──► open sockets ──► start the crew ──► serving ──SIGTERM, SIGINT──► draining ──► gone
                                                     │     ▲
-                                                    └─────┘ SIGHUP: compile, check, open, change over in all workers
+                                                    └─────┘ SIGHUP, a command, a changed file: reload
 
 Single-threaded, and it never waits: everything is a callback of the loop.
 """
@@ -44,6 +44,7 @@ from gatekeeper.supervisor.upgrading import Upgrader
 if TYPE_CHECKING:
     from gatekeeper.supervisor.compiling import Compiled
     from gatekeeper.supervisor.log import Log
+    from gatekeeper.supervisor.watching import Watcher
 
 FINE, REFUSED, CANNOT = 0, 1, 3  # exit codes
 MOST_WORKERS = 128  # their descriptors travel in one message
@@ -59,6 +60,7 @@ class Options:
     drain_timeout_s: float = 300.0
     control: str | None = None
     state: str | None = None
+    watch: bool = False
     stuck_after_s: float = STUCK_AFTER_S
     commands: Commands = field(default_factory=Commands)
     program: list[str] = field(default_factory=upgrading.program_as_started)
@@ -85,7 +87,8 @@ class Supervisor:
         self._installer: Installer | None = None
         self._reloader: Reloader | None = None
         self._upgrader: Upgrader | None = None
-        self._hung_up = False  # a reload was asked for before there was anything to reload
+        self._watcher: Watcher | None = None
+        self._early: Ask | None = None  # a reload that was asked for before there was anything to reload
         self._cutting = False  # the stop waits for no session any more
 
     def run(self) -> int:
@@ -104,6 +107,8 @@ class Supervisor:
             try:
                 if self._notifier.watchdog_interval_s is not None:
                     self._pet_watchdog()
+                if self._options.watch:
+                    self._watch(upgraded=left is not None)
                 if left is None:
                     self._compiler.start(self._compiled)
                 else:
@@ -113,6 +118,19 @@ class Supervisor:
                 self._close()
 
     # -- start
+
+    def _watch(self, *, upgraded: bool) -> None:
+        from gatekeeper.supervisor import watching  # noqa: PLC0415 - only who asks for it needs inotify
+
+        try:
+            self._watcher = watching.Watcher(self._loop, self._options.path, lambda: self._ask("watch"), self._log.warning)
+        except watching.WatchError as err:
+            if upgraded:
+                self._log.error(f"{err}; files are not watched any more")
+            else:
+                self._cannot_start(str(err))
+        else:
+            self._compiler.follow = self._watcher.follow
 
     def _compiled(self, compiled: Compiled) -> None:
         why = self._compiler.tell_problems(compiled)
@@ -155,6 +173,8 @@ class Supervisor:
             ground = Ground.of(left)
             self._policy, self._lock = ground.policy, left.lock
             self._standing = Standing.after(left.past)
+            if self._watcher is not None:
+                self._early = Ask("watch")  # what has changed meanwhile, and which files to watch
             self._serve(ground, left)
         except (GatekeeperError, OSError) as err:
             self._cannot_start(f"cannot take over: {err}")
@@ -175,8 +195,8 @@ class Supervisor:
             self._loop, self._log, self._compiler, self._installer, effect, crew, self._standing, self._notifier
         )
         self._reloader.settings = settings
-        if self._hung_up:
-            self._reloader.request(Ask("signal"))
+        if self._early is not None:
+            self._reloader.request(self._early)
         self._bans = Bans(self._loop, self._log, crew, self._enforcer, ground.directory)
         self._bans.begin(None if left is None else left.bans)
         self._control.handlers |= self._bans.handlers
@@ -247,13 +267,17 @@ class Supervisor:
             if self._crew is not None:
                 self._crew.reap()
         elif number == signal.SIGHUP:
-            self._hung_up = True
-            if self._reloader is not None:
-                self._reloader.request(Ask("signal"))
+            self._ask("signal")
         elif self._standing.stopping or not self._standing.serving:
             self._stop_now()
         else:
             self._stop()
+
+    def _ask(self, cause: str) -> None:
+        if self._reloader is not None:
+            self._reloader.request(Ask(cause))
+        elif self._early is None or self._early.cause == "watch":
+            self._early = Ask(cause)
 
     # -- stop
 
@@ -305,6 +329,8 @@ class Supervisor:
     def _close(self) -> None:
         """Leave nothing behind, however far we came."""
         self._compiler.cancel()
+        if self._watcher is not None:
+            self._watcher.close()
         self._disk.close()
         self._control.close()
         if self._bans is not None:

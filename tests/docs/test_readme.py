@@ -2,77 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gatekeeper.cli.main import COMMANDS
 from tests.cli.program import gatekeeper
+from tests.docs.sessions import blocks, run, steps
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/metrics.md", "docs/audit.md", "docs/kernel.md")
 SESSION_S = 45
-MARK = "---- next command ----"  # printed between the commands of a session
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    """Return the fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-
-
-def steps(session: str) -> list[tuple[str, str]]:
-    """Return (command, output) of a console block; the lines of a here-document belong to the command."""
-    found: list[tuple[str, str]] = []
-    for part in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]:
-        lines = part.splitlines(keepends=True)
-        length = lines.index("EOF\n") + 1 if "<<'EOF'" in lines[0] else 1
-        found.append(("".join(lines[:length]), "".join(lines[length:])))
-    return found
-
-
-def matches(shown: str, printed: str) -> bool:
-    """Say whether output is as shown; "..." stands for anything."""
-    pattern = ".*?".join(map(re.escape, shown.split("...")))
-    return re.fullmatch(pattern, printed, re.DOTALL) is not None
 
 
 @pytest.mark.needs("unshare", "ip", "curl", "bash")
 def test_the_session_to_paste(folder: Path) -> None:
     """Pasted into a shell, the README's session prints what the README shows, command by command."""
-    wanted = [step for session in blocks("console") for step in steps(session)]
-    script = "ip link set lo up\n" + "".join(f"{command}echo; echo '{MARK}'\n" for command, _ in wanted)
-    script += "kill $(jobs -p); wait\n"
-    programs = folder / "bin"
-    programs.mkdir()
-    for name, module in (("gatekeeper", "-m gatekeeper"), ("python3", "")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
-        (programs / name).chmod(0o755)
-    work = folder / "work"
-    work.mkdir()
-    # In a process namespace of its own, so that nothing the session starts outlives it.
-    unshare = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    if os.geteuid() != 0:
-        unshare.append("--map-root-user")
-    with (folder / "printed").open("w+") as file:
-        subprocess.run(
-            ["timeout", "--signal=KILL", str(SESSION_S), *unshare, "bash", "-c", script], cwd=work, stdout=file, stderr=file,
-            env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        file.seek(0)
-        everything = file.read()
-    printed = everything.split(f"\n{MARK}\n")
-    assert len(printed) == len(wanted) + 1, everything
-    for (command, shown), output in zip(wanted, printed, strict=False):
-        assert matches(shown, output), f"$ {command}printed:\n{output}\nbut the README shows:\n{shown}"
+    wanted = [step for session in blocks("console", README) for step in steps(session)]
+    run(wanted, folder, "ip link set lo up\n", SESSION_S)
 
 
-@pytest.mark.parametrize("text", [block for block in blocks("yaml") if "version:" in block])
+@pytest.mark.parametrize("text", [block for block in blocks("yaml", README) if "version:" in block])
 def test_rule_files_shown_are_good(text: str, folder: Path) -> None:
     """Every whole rule file in the README passes `check`, its tests included."""
     (folder / "lists").mkdir()
