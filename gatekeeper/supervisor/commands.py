@@ -201,4 +201,4 @@ def _allow(request: Request, known: frozenset[str]) -> None:
 
 
 def _bounded(number: object) -> int:
-    return min(max(number, 0), MOST_COUNTED) if type(number) is int else 0
+    return number if type(number) is int and 0 <= number <= MOST_COUNTED else 0

@@ -96,7 +96,7 @@ def listen(path: str, gid: int | None) -> socket.socket:
             sock.bind(path)
         try:
             if gid is not None:
-                os.chown(path, -1, gid, follow_symlinks=False)
+                _give_to_group(path, gid)
             os.chmod(path, 0o600 if gid is None else 0o660)
             sock.listen(BACKLOG)
         except OSError:
@@ -109,6 +109,24 @@ def listen(path: str, gid: int | None) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _give_to_group(path: str, gid: int) -> None:
+    """Give a file of ours to a group: one that we are in, or that we may become. Held by tests/e2e/test_plan.py.
+
+    Raises:
+        OSError: neither.
+    """
+    try:
+        os.chown(path, -1, gid, follow_symlinks=False)
+    except PermissionError:
+        # root without CAP_CHOWN, which the service has given up; but CAP_SETGID it needs for its children.
+        before = os.getegid()
+        os.setegid(gid)
+        try:
+            os.chown(path, -1, gid, follow_symlinks=False)
+        finally:
+            os.setegid(before)
 
 
 def remove(path: str, identity: tuple[int, int] | None) -> None:

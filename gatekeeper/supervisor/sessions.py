@@ -209,7 +209,7 @@ def _flag(args: Mapping[str, Any], name: str) -> bool:
 def _check_names(kind: str, wanted: tuple[str, ...], known: set[str]) -> None:
     for name in wanted:
         if name not in known:
-            there_are = ", ".join(sorted(each or DEFAULT_RULE for each in known)[:50])
+            there_are = ", ".join(sorted(each or DEFAULT_RULE for each in known)[:20])
             raise BadRequest(f'there is no {kind} "{name[:63]}"; there are: {there_are}')
 
 

@@ -5,6 +5,8 @@
     die:G            end when generation G is to be prepared
     mute:G           never answer when generation G is to be prepared
     crash            end at once
+    lie:HOW          answer questions about sessions with rows that are garbage (garbage), with more rows than were asked
+                     for, answers for other questions, and several answers (flood), by ending (end), or not at all (mute)
     stuck:FILE       stop turning once committed, unless FILE existed at the start; make it
 """
 
@@ -15,11 +17,55 @@ import os
 import socket
 import sys
 import time
+from typing import Any
 
 from gatekeeper.errors import ChannelClosed
 from gatekeeper.kernel import privileges
 from gatekeeper.kernel.channel import Channel
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, WorkerSlot
+
+ROW = {
+    "flow": 7, "endpoint": 0, "slot": 0, "family": 4, "source": "198.51.100.7", "source_port": 50000,
+    "destination": "127.0.0.1", "destination_port": 80, "began": 1.8e9, "idle_s": 1.5, "bytes_in": 1, "bytes_out": 2,
+    "state": "open", "client": None, "backend": None,
+}  # fmt: skip
+GARBAGE = [
+    17, None, "row", [], {}, {"flow": 1},
+    *(
+        ROW | wrong
+        for wrong in (
+            {"flow": -1}, {"flow": 1 << 80}, {"flow": "7"}, {"flow": True}, {"flow": 7.0}, {"endpoint": 99}, {"endpoint": None},
+            {"endpoint": [0]}, {"slot": 1 << 40}, {"slot": "x"}, {"source": "198.51.100.7\n"}, {"source": 7}, {"source": "x" * 9999},
+            {"source": ""}, {"source": "::1%lo"}, {"source_port": 65536}, {"source_port": None}, {"began": float("nan")},
+            {"began": float("inf")}, {"began": -1}, {"began": 1e300}, {"began": "now"}, {"idle_s": None}, {"bytes_in": -1},
+            {"bytes_out": 1 << 63}, {"state": "fine"}, {"state": []}, {"state": None}, {"destination": "\x1b[2J"},
+        )
+    ),
+]  # fmt: skip
+
+
+def lies(how: str, query: int) -> list[dict[str, Any]]:
+    """Return the messages of a worker that somebody has taken over."""
+    if how == "garbage":
+        return [
+            {"op": "rows", "query": query, "rows": GARBAGE},
+            {"op": "rows", "query": query, "rows": {"a": 1}},
+            {"op": "rows", "query": query},
+            {"op": "rows", "query": [query], "rows": [ROW]},
+            {"op": "rows", "query": str(query), "rows": [ROW]},
+            {"op": "answer", "query": None},
+            {"op": "answer", "query": query, "matched": "many", "ended": -5},
+        ]
+    if how == "flood":
+        rows = {"op": "rows", "query": query, "rows": GARBAGE * 5}
+        return [
+            *({"op": "answer", "query": other, "matched": 1} for other in range(query + 1, query + 100)),
+            *([rows] * 50),
+            {"op": "answer", "query": query, "matched": 1 << 90, "ended": 1 << 90},
+            {"op": "answer", "query": query, "matched": 3, "ended": 3},
+            rows,
+        ]
+    return []
 
 
 def main() -> int:
@@ -60,6 +106,13 @@ def main() -> int:
             channel.send({"op": "committed", "generation": generation})
             while mode == "stuck":
                 time.sleep(60)
+        elif order["op"] in {"sessions", "cut"} and mode == "lie":
+            if detail == "end":
+                return 6
+            for message in lies(detail, order["query"]):
+                channel.send(message)
+        elif order.get("query"):
+            channel.send({"op": "answer", "query": order["query"], "judged": 0, "ended": 0})
         elif order["op"] == "drain":
             channel.send({"op": "drained", "sessions": 0})
             return 0

@@ -39,11 +39,13 @@ class Gate(Process):
         python: str = sys.executable,
         env: Mapping[str, str] | None = None,
         audit: str | None = None,
+        options: Sequence[str] = (),
+        metrics_port: int | None = None,
     ) -> None:
         self.rules_path = folder / "rules.yaml"
         self.audit_path = folder / "audit.jsonl"
         self.control_path = folder / "control.sock"
-        self.metrics_port = free_port()
+        self.metrics_port = metrics_port or free_port()
         self._head = (
             f"version: 1\nworkers: {workers}\nmetrics: {{listen: 127.0.0.1:{self.metrics_port}}}\n"
             f"audit: {audit or self.audit_path}\n"
@@ -53,11 +55,12 @@ class Gate(Process):
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             notify_path = folder / "notify"
+            notify_path.unlink(missing_ok=True)  # of a gate that was started in this folder before
             self._notify.bind(str(notify_path))
             notify_path.chmod(0o777)
             self.notified: list[str] = []
             super().__init__(
-                [python, "-m", "gatekeeper", "run", "--control", str(self.control_path), str(self.rules_path)],
+                [python, "-m", "gatekeeper", "run", "--control", str(self.control_path), *options, str(self.rules_path)],
                 folder,
                 "gatekeeper",
                 env={"PYTHONPATH": PYTHON_PATH, "NOTIFY_SOCKET": str(notify_path), **(env or {})},

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import random
 import signal
@@ -19,6 +21,7 @@ import pytest
 
 from tests.endurance.faults.mixture import Mixture
 from tests.endurance.faults.watch import threads
+from tests.support.clients import Sources
 from tests.support.faults import descriptors, resident_kib
 from tests.support.gate import Gate
 from tests.support.ports import free_port, free_ports
@@ -32,7 +35,9 @@ DENIED = [f"127.0.8.{number}" for number in range(1, 9)]
 BACKEND = str(Path(__file__).parent / "echo_backend.py")
 SAMPLE_S = 0.25
 # What may differ between the second and the last quarter of a run: noise, and not a slope over hours.
-MORE_KIB, MORE_DESCRIPTORS = 2048, 8
+MORE_KIB, MORE_DESCRIPTORS, MORE_SESSIONS = 2048, 8, 8
+FLOOD = 300
+GONE = (OSError, AssertionError, StopIteration, http.client.HTTPException)  # what asking an observer that was just killed gives
 
 Samples = dict[tuple[str, str], list[float]]
 
@@ -43,11 +48,19 @@ class Scene:
     def __init__(self, gate: Gate, folder: Path, port: int, behind: int, seed: int) -> None:
         self.gate, self.port, self._folder, self._behind = gate, port, folder, behind
         self.chance = random.Random(seed)
-        self.deaths = self.reloads = self._backends = 0
+        self.deaths = self.reloads = self.flooded = self._backends = 0
         self.spared = gate.worker_pids()[0]  # the one worker whose growth is watched
         self.samples: Samples = defaultdict(list)
         # How often, in seconds on average, what happens.
-        self.faults = {0.7: self.reload, 2.3: self.kill_worker, 3.1: self.kill_backend, SAMPLE_S: self.look}
+        self.faults = {
+            0.7: self.reload,
+            2.3: self.kill_worker,
+            3.1: self.kill_backend,
+            3.7: self.flood,
+            5.3: self.kill_observer,
+            SAMPLE_S: self.look,
+            1.1: self.count_sessions,
+        }
         self.start_backend()
 
     def policy(self) -> str:
@@ -70,6 +83,19 @@ class Scene:
             os.kill(others[0], signal.SIGKILL)
             self.deaths += 1
 
+    def kill_observer(self) -> None:
+        with contextlib.suppress(ValueError, ProcessLookupError):  # the one before is not replaced yet
+            os.kill(self.gate.observer_pid(), signal.SIGKILL)
+
+    def flood(self) -> None:
+        """Knock as fast as we can from where nobody may come."""
+        for number in range(FLOOD):
+            try:
+                Sources().connect(DENIED[number % len(DENIED)], "127.0.0.1", self.port).close()
+            except ConnectionResetError:
+                pass  # judged and refused before we looked
+            self.flooded += 1
+
     def reload(self) -> None:
         self.reloads += 1
         self.gate.write(self.policy())
@@ -77,10 +103,19 @@ class Scene:
 
     def look(self) -> None:
         """Take a sample of all that could grow."""
-        for name, pid in (("supervisor", self.gate.pid), ("observer", self.gate.observer_pid()), ("worker", self.spared)):
-            self.samples[name, "KiB"].append(resident_kib(pid))
-            self.samples[name, "descriptors"].append(descriptors(pid))
-            self.samples[name, "threads"].append(threads(pid))
+        watched = [("supervisor", self.gate.pid), ("worker", self.spared)]
+        with contextlib.suppress(ValueError):  # there is none just now
+            watched.append(("observer", self.gate.observer_pid()))
+        for name, pid in watched:
+            with contextlib.suppress(*GONE if name == "observer" else ()):
+                found = (resident_kib(pid), descriptors(pid), threads(pid))
+                for what, value in zip(("KiB", "descriptors", "threads"), found, strict=True):
+                    self.samples[name, what].append(value)
+
+    def count_sessions(self) -> None:
+        """Take a sample of what the gate says that it has open."""
+        with contextlib.suppress(*GONE):
+            self.samples["gate", "sessions"].append(self.gate.scrape().value("gatekeeper_sessions"))
 
 
 def policy(port: int, behind: int, more: int | None) -> str:
@@ -144,10 +179,11 @@ def conserved(scene: Scene, mixture: Mixture, before: float) -> None:
     seen = scene.gate.scrape()
     judged = seen.value("gatekeeper_connections_total") - before
     errors = seen.value("gatekeeper_accept_errors_total")
-    print(f"{mixture.connected} connected, {judged:g} judged, {errors:g} errors, {mixture.right} right, {mixture.cut} cut,",
-          f"{scene.deaths} workers died, {scene.reloads} reloads")  # fmt: skip
+    connected = mixture.connected + scene.flooded
+    print(f"{connected} connected, {judged:g} judged, {errors:g} errors, {mixture.right} right, {mixture.cut} cut,",
+          f"{scene.flooded} of a flood, {scene.deaths} workers died, {scene.reloads} reloads")  # fmt: skip
     print("\n".join(line for line in scene.gate.output().splitlines() if "error" in line))
-    assert 0 <= mixture.connected - (judged + errors) <= scene.deaths
+    assert 0 <= connected - (judged + errors) <= scene.deaths
     allowed = seen.value("gatekeeper_connections_total", action="allow")
     assert seen.value("gatekeeper_session_ends_total", listener="door") == allowed
     assert scene.gate.worker_pids()[0] == scene.spared
@@ -159,5 +195,5 @@ def level(who: str, what: str, samples: list[float]) -> None:
     quarter = len(samples) // 4
     early, late = statistics.median(samples[quarter : 2 * quarter]), statistics.median(samples[-quarter:])
     print(f"{who}: {what} {early:g} -> {late:g}")
-    allowed = {"KiB": MORE_KIB, "descriptors": MORE_DESCRIPTORS, "threads": 0}[what]
+    allowed = {"KiB": MORE_KIB, "descriptors": MORE_DESCRIPTORS, "threads": 0, "sessions": MORE_SESSIONS}[what]
     assert late - early <= allowed, f"{what} of the {who} grew from {early:g} to {late:g}"
