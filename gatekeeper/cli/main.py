@@ -21,7 +21,7 @@ from gatekeeper.cli.terminal import CANNOT, EXIT_CODES, Terminal, write_examples
 
 COMMANDS = (  # each a module of this package
     "run", "check", "explain", "diff", "schema", "doctor", "demo", "completion",
-    "plan", "reload", "confirm", "rollback",
+    "plan", "reload", "confirm", "rollback", "upgrade",
     "status", "sessions", "top", "log", "cut", "ban", "unban", "bans",  # these ask the running daemon
 )  # fmt: skip
 COMPLETION = "_GATEKEEPER_COMPLETE"  # the variable in which the scripts of `gatekeeper completion` ask

@@ -48,6 +48,7 @@ _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_RAISE = 2
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _MOST_CAPABILITIES = 64
@@ -124,6 +125,22 @@ def give_up(capability: int) -> None:
         _keep_only(held - {capability})
 
 
+def keep_across_exec() -> None:
+    """Let the capabilities in force survive an execve by this process, also where it is not root.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    held = effective_capabilities()
+    if not held or os.geteuid() == 0:
+        return
+    mask = sum(1 << number for number in held)
+    _set_capabilities(mask, inheritable=mask)
+    for number in held:
+        if _libc.prctl(_PR_CAP_AMBIENT, *map(ctypes.c_ulong, (_PR_CAP_AMBIENT_RAISE, number, 0, 0))) != 0:
+            raise _error("prctl(PR_CAP_AMBIENT_RAISE)")
+
+
 def drop(uid: int | None, gid: int | None, groups: list[int] | tuple[int, ...] | None, supervisor_pid: int) -> None:
     """Become ``uid``, ``gid`` and ``groups`` (each ``None``: keep) without any capability, and die with the supervisor.
 
@@ -177,10 +194,13 @@ def effective_capabilities() -> frozenset[int]:
 def _keep_only(capabilities: frozenset[int]) -> None:
     # Not every sandbox knows ambient capabilities, and capset empties them too (ambient is within inheritable).
     _libc.prctl(_PR_CAP_AMBIENT, *map(ctypes.c_ulong, (_PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)))
+    _set_capabilities(sum(1 << number for number in capabilities), inheritable=0)
+
+
+def _set_capabilities(mask: int, *, inheritable: int) -> None:
     header = _CapabilityHeader(_LINUX_CAPABILITY_VERSION_3, 0)
-    mask = sum(1 << number for number in capabilities)
-    words = (mask & 0xFFFFFFFF, mask >> 32)
-    data = (_CapabilityData * 2)(*(_CapabilityData(word, word, 0) for word in words))
+    words = [(mask >> shift & 0xFFFFFFFF, inheritable >> shift & 0xFFFFFFFF) for shift in (0, 32)]
+    data = (_CapabilityData * 2)(*(_CapabilityData(word, word, later) for word, later in words))
     if _libc.capset(ctypes.byref(header), ctypes.byref(data)) != 0:
         raise _error("capset")
 

@@ -68,6 +68,7 @@ async def _run(channel: Channel, start: dict[str, Any], fds: list[int]) -> None:
     sources.append(Events([socket.socket(fileno=fd) for fd in fds], renderer, outlets))
     control = Control(channel, service, renderers, outlets)
     control.before_event = lambda: _read_all(sources)
+    control.more_events = lambda fd: sources[-1].add(socket.socket(fileno=fd), loop)
     control.watch(loop)
     for each in renderers:
         each.catch_up = control.catch_up

@@ -38,6 +38,12 @@ class Events:
             sock.setblocking(False)
             loop.add_reader(sock.fileno(), self._ready, loop, sock)
 
+    def add(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        """Read one more, until it ends."""
+        self._sockets.append(sock)
+        sock.setblocking(False)
+        loop.add_reader(sock.fileno(), self._ready, loop, sock)
+
     def read_all(self) -> None:
         """Read what has arrived so far; bounded, because a worker may go on writing."""
         if self._rendering:
@@ -52,6 +58,8 @@ class Events:
             if not self._read(sock):
                 if _hung_up(sock):
                     loop.remove_reader(sock.fileno())
+                    self._sockets.remove(sock)
+                    sock.close()
                 return
 
     def _read(self, sock: socket.socket) -> bool:
@@ -86,6 +94,7 @@ class Control:
         self.ended = asyncio.Event()
         self.told = asyncio.Event()
         self.before_event: Callable[[], None] = lambda: None
+        self.more_events: Callable[[int], None] = os.close  # takes over a descriptor
         self._channel = channel
         self._service = service
         self._renderers = renderers
@@ -125,10 +134,8 @@ class Control:
     def _act(self, message: dict[str, Any], fds: list[int]) -> None:
         """Act on one message; descriptors that are left in ``fds`` are closed by the caller."""
         match message.get("op"):
-            case "counters":
-                self._service.map_counters(message["worker"], fds[0])
-            case "kernel":
-                self._service.map_kernel(fds[0])
+            case "counters" | "leaving" | "retired" | "kernel" as op:
+                self._map(op, message, fds)
             case "policy":
                 self._service.adopt(message["generation"], fds[0], fds[1])
                 for renderer in self._renderers:
@@ -147,6 +154,18 @@ class Control:
                 self._outlets.add(fds.pop(0))
             case other:
                 say(f"unknown message of the supervisor: {other!r}")
+
+
+    def _map(self, op: str, message: dict[str, Any], fds: list[int]) -> None:
+        """Read counters from another place from now on."""
+        if op == "kernel":
+            self._service.map_kernel(fds[0])
+        elif op == "retired":
+            self._service.map_retired(message["workers"], fds[0])
+        else:
+            self._service.map_counters(message["worker"], fds[0])
+            if op == "leaving":  # a worker of before an upgrade: what it reports is still to be read, too
+                self.more_events(fds.pop(1))
 
 
 def open_sink(kind: str, fds: list[int]) -> Sink | None:

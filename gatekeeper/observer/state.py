@@ -77,6 +77,16 @@ class Service:
         # The mapping of a predecessor goes with the last view of it.
         self.counters[worker] = _map(fd)
 
+    def map_retired(self, workers: Sequence[int], fd: int) -> None:
+        """Read from ``fd`` what these workers and those retired before them have counted; ``fd`` stays the caller's.
+
+        Raises:
+            NotCounters: it is not safe to read.
+        """
+        block = _map(fd)
+        # One assignment: whoever adds up now sees them in one place, never in two or in none.
+        self.counters = {row: view for row, view in self.counters.items() if row not in workers} | {self.workers: block}
+
     def map_kernel(self, fd: int) -> None:
         """Read from ``fd`` what the kernel refuses; ``fd`` stays the caller's.
 
@@ -133,6 +143,8 @@ class Service:
             return "starting: the supervisor has not reported yet"
         if self.state.get("draining"):
             return "draining: no new connections are accepted"
+        if self.state.get("taking_over"):
+            return ""  # the workers of before the upgrade serve until the new ones do
         if not self.state.get("ready"):
             return "starting: no policy is in force in every worker yet"
         if self.alive() < self.workers:

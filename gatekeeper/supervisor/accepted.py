@@ -77,6 +77,20 @@ def accept(snapshot_fd: int, generation: int, before: Bindings) -> Accepted:
     return Accepted(generation, meta, bindings, bindings.to_json(), snapshot_fd, {})
 
 
+def revive(snapshot_fd: int, generation: int, bindings: Bindings) -> Accepted:
+    """Return a policy that another program in our place had accepted, with its very numbers of counters.
+
+    ``opened`` is empty. ``snapshot_fd`` is the caller's when this fails.
+
+    Raises:
+        SnapshotError: this version cannot read it.
+    """
+    meta = _read(snapshot_fd)
+    if len(bindings.details) != len(meta["details"]) or len(bindings.rows) != len(meta["endpoints"]):
+        raise SnapshotError("its names are not bound to counters")
+    return Accepted(generation, meta, bindings, bindings.to_json(), snapshot_fd, {})
+
+
 def digest_of(snapshot_fd: int) -> str | None:
     """Return the digest in a snapshot that was not checked yet, ``None`` when it has none."""
     try:

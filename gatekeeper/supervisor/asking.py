@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper.kernel.channel import MAX_MESSAGE_BYTES
@@ -33,7 +34,8 @@ class Questions:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._numbers = itertools.count(1)
+        # Not from 1: workers of before an upgrade may still answer what was asked then.
+        self._numbers = itertools.count(time.monotonic_ns() // 1_000_000)
         self._open: dict[int, _Question] = {}
 
     def ask(

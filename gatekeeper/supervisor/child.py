@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import signal
 import site
 import socket
@@ -16,7 +17,7 @@ import termios
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import gatekeeper
 from gatekeeper.errors import ChannelClosed
@@ -62,38 +63,109 @@ def start(command: Sequence[str], fds: Sequence[int], **options: Any) -> subproc
     )
 
 
+class Adopted:
+    """A child that this process started before it executed the program it runs now: as much of Popen as is needed.
+
+    Its number cannot be anybody else's: until we have reaped it, the kernel keeps it for us.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        """Return how it ended (negative: the signal), or ``None`` while it lives. Reaps it."""
+        if self._status is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                self._status = 0  # never a child of ours
+            else:
+                self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float) -> int:
+        """Return how it ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not.
+        """
+        if self.poll() is None:
+            fd = os.pidfd_open(self.pid)
+            try:
+                select.select([fd], [], [], timeout)
+            finally:
+                os.close(fd)
+        status = self.poll()
+        if status is None:
+            raise subprocess.TimeoutExpired([str(self.pid)], timeout)
+        return status
+
+
 class Child:
     """A process with a control channel. Messages that it does not take at once wait here; we never do."""
 
     def __init__(
-        self, loop: Loop, command: Sequence[str], on_message: Callable[[dict[str, Any]], None]
+        self,
+        loop: Loop,
+        process: subprocess.Popen[bytes] | Adopted,
+        channel: socket.socket,
+        started: float,
+        on_message: Callable[[dict[str, Any]], None],
     ) -> None:
-        """Start it; ``--channel FD`` is added to ``command``.
-
-        Raises:
-            OSError: it could not be executed.
-        """
+        """See `start` and `adopt`."""
         self._loop = loop
         self._on_message = on_message
         self._waiting: deque[tuple[dict[str, Any], list[int]]] = deque()
         self._retry = False
-        self.started = time.monotonic()
+        self._process = process
+        self.started = started
+        channel.setblocking(False)
+        self._channel: Channel | None = Channel(channel)
+        self._fd = channel.fileno()
+        loop.watch(self._fd, self._on_event)
+
+    @classmethod
+    def start(cls, loop: Loop, command: Sequence[str], on_message: Callable[[dict[str, Any]], None]) -> Self:
+        """Start one; ``--channel FD`` is added to ``command``.
+
+        Raises:
+            OSError: it could not be executed.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                self._process = start([*command, "--channel", str(theirs.fileno())], [theirs.fileno()])
+                process = start([*command, "--channel", str(theirs.fileno())], [theirs.fileno()])
             except OSError:
                 ours.close()
                 raise
-        ours.setblocking(False)
-        self._channel: Channel | None = Channel(ours)
-        self._fd = ours.fileno()
-        loop.watch(self._fd, self._on_event)
+        return cls(loop, process, ours, time.monotonic(), on_message)
+
+    @classmethod
+    def adopt(
+        cls, loop: Loop, pid: int, channel_fd: int, started: float, on_message: Callable[[dict[str, Any]], None]
+    ) -> Self:
+        """Return one that was started before this program was executed. Takes over ``channel_fd``."""
+        return cls(loop, Adopted(pid), socket.socket(fileno=channel_fd), started, on_message)
 
     @property
     def pid(self) -> int:
         """The process id."""
         return self._process.pid
+
+    @property
+    def channel_fd(self) -> int | None:
+        """Our end of the channel, ``None`` once it is closed."""
+        return None if self._channel is None else self._fd
+
+    def has_unsent(self) -> bool:
+        """Say whether messages wait for the child to take them."""
+        return bool(self._waiting)
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Send one message, at once or as soon as the child takes it. The descriptors stay the caller's."""

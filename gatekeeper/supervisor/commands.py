@@ -75,11 +75,18 @@ class Operators:
             "last_good": state["last_good"],
             "save_error": state["save_error"],
             "workers": state["workers"],
+            "leaving": state["leaving"],
+            "upgrades": {
+                "done": state["upgrades"], "failed": state["upgrades_failed"], "error": state["upgrade_error"],
+                "taking_over": state["taking_over"],
+            },
             "clients_dropped": self._control.dropped,
         }
         if policy is not None:
             kernel_fd = self._kernel.counters_fd if self._kernel is not None else None
-            result |= tally.tally([worker.counters_fd for worker in crew.workers], kernel_fd, policy)
+            result |= tally.tally(
+                [*(worker.counters_fd for worker in crew.workers), *crew.leaving.counters()], kernel_fd, policy
+            )
         request.done(result)
 
     def policy(self, request: Request) -> None:

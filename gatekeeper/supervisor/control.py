@@ -46,6 +46,7 @@ class Control:
     def __init__(self, loop: Loop, log: Log, limits: Limits = _USUAL) -> None:
         self.handlers: dict[str, Callable[[Request], None]] = {}
         self.path: str | None = None
+        self.place: control_place.Place | None = None
         self.dropped = 0  # clients that went past a bound
         self.limits = limits
         self.loop = loop
@@ -66,7 +67,7 @@ class Control:
         self._gid = control_place.group_id(place.group) if place.group is not None else None
         self._socket = listening or control_place.listen(place.path, self._gid)
         self._socket.setblocking(False)
-        self.path = place.path
+        self.path, self.place = place.path, place
         self._identity = control_place.identity_of(place.path)
         self.loop.watch(self._socket.fileno(), self._accept)
 
@@ -85,6 +86,14 @@ class Control:
                 if place.wanted:
                     raise
                 self._log.warning(f"{err}; commands such as `gatekeeper status` will find nobody")
+
+    def take_over(self, path: str, group: str | None, listening: socket.socket) -> None:
+        """Go on at a socket of before an upgrade; without it when that cannot be, which is a warning."""
+        try:
+            self.open(control_place.Place(path, group), listening)
+        except control_place.ControlError as err:
+            listening.close()
+            self._log.warning(f"{err}; nobody can command this daemon")
 
     def fileno(self) -> int | None:
         """Return the descriptor of the listening socket, ``None`` when there is none."""

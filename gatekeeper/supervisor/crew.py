@@ -6,8 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gatekeeper.kernel.channel import MAX_FDS
 from gatekeeper.supervisor import child as children
 from gatekeeper.supervisor.asking import Questions
+from gatekeeper.supervisor.leaving import Leaving
 from gatekeeper.supervisor.log import printable
 from gatekeeper.supervisor.observing import Observer
 from gatekeeper.supervisor.worker import State, Worker
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.asking import Done, Rows
     from gatekeeper.supervisor.change import Change
     from gatekeeper.supervisor.enforcing import Enforcer
+    from gatekeeper.supervisor.handover import State as LeftBehind
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.loop import Loop
 
@@ -71,6 +74,8 @@ class Crew:
         self.bans_fd: int | None = None  # the table in force; set by whoever owns it
         self.workers = [Worker(index, loop, commands.worker, identity) for index in range(size)]
         self.observer: Observer | None = None
+        self.leaving = Leaving(loop, log, size + 1)  # row `size` is that of the retired
+        self.leaving.changed = self._some_left
         self._loop = loop
         self._log = log
         self._commands = commands
@@ -84,15 +89,31 @@ class Crew:
         self._last_tick = time.monotonic()
         self._observer_reads = self._last_tick
 
-    def start(self, policy: Accepted, audit: str, http: socket.socket | None, kernel: Enforcer | None) -> None:
+    def start(
+        self,
+        policy: Accepted,
+        audit: str,
+        http: socket.socket | None,
+        kernel: Enforcer | None,
+        left: LeftBehind | None = None,
+    ) -> None:
         """Start everybody with this policy; ``kernel`` is what the observer reads like one more worker.
+
+        ``left``: the processes of before an upgrade, who go on until these serve.
 
         Raises:
             PlaceError: the audit log cannot be written.
             OSError: a process could not be executed.
         """
         self.policy = policy
-        self.observer = Observer(self._loop, self._commands.observer, self._identity, audit, http, kernel)
+        self.observer = Observer(
+            self._loop, self._commands.observer, self._identity, audit, http, kernel,
+            None if left is None else left.audit,
+        )
+        if left is not None:
+            self.leaving.adopt(left, policy.bindings, self._heard_old)
+            if left.observer is not None:
+                self.observer.succeed(left.observer)
         self._start_observer()
         for worker in self.workers:
             worker.start(len(self.workers), policy.bindings, self._heard)
@@ -128,7 +149,8 @@ class Crew:
         """
         # One that is about to enforce its first policy has no sessions, but must not miss a ban.
         coming = message.get("op") == "bans"
-        asked = [one for one in self.workers if one.child is not None and (one.generation or (coming and one.offered))]
+        everybody = (*self.workers, *self.leaving.workers)
+        asked = [one for one in everybody if one.child is not None and (one.generation or (coming and one.offered))]
         self._questions.ask(asked, message, fds, rows, done, patience_s)
 
     def bring_up_to_date(self) -> None:
@@ -154,7 +176,7 @@ class Crew:
             return
         self._observer_reads = time.monotonic()
         try:
-            self.observer.start(self.workers, self.policy, self._state())
+            self.observer.start(self.workers, self.leaving, self.policy, self._state())
         except OSError as err:
             delay_s = max(self.observer.ended(), 0.1)
             self._log.error(f"the observer cannot be started ({err}); next attempt in {delay_s:g} s")
@@ -169,8 +191,7 @@ class Crew:
         elif op in {"rows", "answer"}:
             self._questions.heard(worker, message)
         elif op == "drained":
-            left = message.get("sessions")
-            self.cut += min(max(left, 0), MOST_SESSIONS) if isinstance(left, int) else 0
+            self.cut += _sessions_in(message)
         elif change is not None and generation == change.new.generation:
             if op == "prepared":
                 change.prepared(worker)
@@ -180,6 +201,12 @@ class Crew:
                 change.refused(worker, str(message.get("error")))
         elif generation == worker.offered and self.policy is not None:
             self._answered(worker, op, str(message.get("error")))
+
+    def _heard_old(self, worker: Worker, message: dict[str, Any]) -> None:
+        if message.get("op") == "drained":
+            self.leaving.cut += _sessions_in(message)
+        elif message.get("op") in {"rows", "answer"}:
+            self._questions.heard(worker, message)
 
     def _answered(self, worker: Worker, op: object, error: str) -> None:
         """Take the next step with a worker that is coming up."""
@@ -206,7 +233,7 @@ class Crew:
                 self._cannot_cover(worker, error)
                 return
             text = f"worker {worker.index} refused the policy: {printable(error)}"
-            if not self._served:
+            if not self._served and not self.leaving.workers:
                 self.gave_up(text)
                 return
             self._log.error(text)
@@ -216,15 +243,31 @@ class Crew:
         """Share a ready worker's counters, and give the policy to those who waited until all counters were known."""
         if self.observer is not None:
             self.observer.counters(worker)
+        self._acquaint()
+
+    def _acquaint(self) -> None:
         counters = [one.counters_fd for one in self.workers if one.counters_fd is not None]
         if len(counters) < len(self.workers):
             return
-        for one in self.workers:
+        if self.observer is not None and self.observer.predecessor is not None:
+            return  # it would go on to show counters without theirs: numbers that become smaller
+        # More than one message carries: then `max_sessions` leaves some of those who are about to go out of account.
+        counters = [*counters, *(one.counters_fd for one in self.leaving.workers if one.counters_fd is not None)][:MAX_FDS]
+        for one in (*self.workers, *self.leaving.workers):
             if one.state not in {State.DOWN, State.STARTING}:
                 one.siblings(counters)
             if one.state is State.READY:
                 one.bans(self.bans_fd)
                 self._offer(one)
+
+    def _some_left(self, gone: list[Worker]) -> None:
+        """Let everybody know that some of the workers of before an upgrade are gone."""
+        for worker in gone:
+            self._questions.lost(worker)
+        if self.observer is not None:
+            self.observer.retired(self.leaving, [worker.index for worker in gone])
+        self._acquaint()
+        self.tell_state()
 
     def _share_shards(self) -> None:
         """Let siblings serve the shards of workers that are absent for too long, until these are back.
@@ -272,11 +315,15 @@ class Crew:
 
     def reap(self) -> None:
         """See who has ended, and start successors. Called on SIGCHLD."""
+        if self.policy is not None:
+            self.leaving.reap(self.policy.bindings)
         for worker in self.workers:
             status = worker.child.poll() if worker.child is not None else None
             if status is not None:
                 self._worker_ended(worker, status)
         observer = self.observer
+        if observer is not None and observer.predecessor_left():
+            self._acquaint()
         status = observer.child.poll() if observer is not None and observer.child is not None else None
         if observer is not None and status is not None:
             delay_s = observer.ended()
@@ -295,7 +342,7 @@ class Crew:
             if status != 0:
                 self._log.warning(f"worker {worker.index} (pid {pid}) {ended} instead of draining")
             return
-        if not self._served and worker.backoff.failures >= STARTS_BEFORE_GIVING_UP:
+        if not self._served and not self.leaving.workers and worker.backoff.failures >= STARTS_BEFORE_GIVING_UP:
             self.gave_up(f"worker {worker.index} cannot start: it {ended}")
             return
         worker.restarts += 1
@@ -315,6 +362,8 @@ class Crew:
         if not paused:
             for worker in self.workers:
                 self._check(worker, now)
+            if self.policy is not None:
+                self.leaving.check(now, self.policy.bindings, self._stuck_after_s)
             self._share_shards()
         self._check_observer(now, paused=paused)
         self._ticks += 1
@@ -344,6 +393,22 @@ class Crew:
 
     # -- leaving
 
+    def restless(self) -> str | None:
+        """Return what must come to an end before another program may take our place, ``None`` when nothing must."""
+        if self.change is not None:
+            return "a reload is under way"
+        for worker in (*self.workers, *self.leaving.workers):
+            if worker.child is not None and worker.child.has_unsent():
+                return f"worker {worker.index} does not take its orders"
+        return None
+
+    def settle(self) -> None:
+        """End those that do not serve yet: the next program in our place could do nothing with them."""
+        for worker in self.workers:
+            if worker.child is not None and worker.left_behind() is None:
+                worker.child.kill()
+                worker.child.wait(OBSERVER_LEAVES_S)
+
     def drain(self, deadline_s: float) -> None:
         """Let sessions end, for at most ``deadline_s``; then ``gone``."""
         self._leaving = True
@@ -354,6 +419,7 @@ class Crew:
                 worker.drain(deadline_s)
             else:
                 worker.child.kill()
+        self.leaving.drain(deadline_s)
         self._loop.later(deadline_s + KILL_AFTER_S, self.kill)
         self._see_off()
 
@@ -363,11 +429,12 @@ class Crew:
         for worker in self.workers:
             if worker.child is not None:
                 worker.child.kill()
+        self.leaving.kill()
         self._see_off()
 
     def _see_off(self) -> None:
         """When the last worker has left, let the observer write what is left to write, and leave."""
-        if any(worker.child is not None for worker in self.workers):
+        if self.leaving.workers or any(worker.child is not None for worker in self.workers):
             return
         child = self.observer.child if self.observer is not None else None
         if child is None:
@@ -387,6 +454,12 @@ class Crew:
             child.wait(OBSERVER_LEAVES_S)
         for worker in self.workers:
             worker.close()
+        self.leaving.close()
+
+
+def _sessions_in(message: dict[str, Any]) -> int:
+    left = message.get("sessions")
+    return min(max(left, 0), MOST_SESSIONS) if isinstance(left, int) else 0
 
 
 def _in(delay_s: float) -> str:

@@ -22,6 +22,7 @@ from gatekeeper.kernel.judge import Common, Judge
 from gatekeeper.proxy.events import MAX_RECORDS, RECORD, REFUSAL, SUPPRESSED
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, End, WorkerSlot
 from gatekeeper.snapshot.reader import Snapshot
+from gatekeeper.supervisor.handover import Fd, Kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -171,6 +172,10 @@ class Enforcer:
         """Let go of a program that will not be put in force."""
         judge.close()
         self._settle()
+
+    def left_behind(self) -> Kernel:
+        """Return what another program in our place needs, so that the program in force stays in force."""
+        return Kernel(Fd(self._link), Fd(self.counters_fd), self._flow, ())
 
     def ban(self, ranges: Iterable[tuple[int, int, int]]) -> None:
         """Refuse these (family, first, last) above all policies, and nobody else any more.

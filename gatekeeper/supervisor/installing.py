@@ -226,6 +226,7 @@ class Installer:
             if crew.observer is not None:
                 # Before any worker can speak of what is new in it. What was in the old one keeps its number.
                 crew.observer.policy(new)
+            crew.leaving.enforce(new)
 
         def changed(failure: str | None) -> None:
             crew.change = None

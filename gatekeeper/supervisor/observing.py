@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from gatekeeper.supervisor import places
 from gatekeeper.supervisor.child import Child
+from gatekeeper.supervisor.handover import Fd, OldObserver
 from gatekeeper.supervisor.worker import Backoff
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gatekeeper.kernel.privileges import Identity
     from gatekeeper.supervisor.accepted import Accepted
     from gatekeeper.supervisor.enforcing import Enforcer
+    from gatekeeper.supervisor.leaving import Leaving
     from gatekeeper.supervisor.loop import Loop
     from gatekeeper.supervisor.worker import Worker
 
+PREDECESSOR_PATIENCE_S = 5.0  # for the observer of before an upgrade, to be needed no more and to be gone then
 _MOST_EVENTS = 100  # kept for an observer that is being replaced
 
 
@@ -34,8 +37,9 @@ class Observer:
         audit: str,
         http: socket.socket | None,
         kernel: Enforcer | None,
+        audit_fd: int | None = None,
     ) -> None:
-        """Open the audit log.
+        """Open the audit log, unless it is open: ``audit_fd``.
 
         Raises:
             PlaceError: the audit log cannot be written.
@@ -45,19 +49,64 @@ class Observer:
         self._command = command
         self._identity = identity
         self._audit = audit
-        self._audit_fd = places.open_audit(audit)
+        self._audit_fd = places.open_audit(audit) if audit_fd is None else audit_fd
         self._http = http
         self._kernel = kernel
         self._unheard: list[dict[str, Any]] = []
         self._backoff = Backoff()
+        self.is_ready: Callable[[], None] = lambda: None
+        self.predecessor: Child | None = None  # of before an upgrade: it reads what is reported until this one does
 
-    def start(self, workers: list[Worker], policy: Accepted | None, state: dict[str, Any]) -> None:
+    @property
+    def audit_fd(self) -> int | None:
+        """Where audit lines go."""
+        return self._audit_fd
+
+    @property
+    def http_fd(self) -> int | None:
+        """Where scrapes come in."""
+        return None if self._http is None else self._http.fileno()
+
+    def left_behind(self) -> OldObserver | None:
+        """Return what another program in our place needs to take leave of the process that is here."""
+        child = self.child
+        if child is None or child.channel_fd is None:
+            return None
+        return OldObserver(child.pid, Fd(child.channel_fd), child.started)
+
+    def succeed(self, old: OldObserver) -> None:
+        """Take over the observer of before an upgrade, until there is another; it is not waited for for long."""
+        self.predecessor = Child.adopt(self._loop, old.pid, old.channel, old.started, lambda _message: None)
+        self._loop.later(PREDECESSOR_PATIENCE_S, self._dismiss)
+
+    def predecessor_left(self) -> bool:
+        """Say whether the observer of before the upgrade has just been seen to end."""
+        if self.predecessor is None or self.predecessor.poll() is None:
+            return False
+        self.predecessor = None
+        return True
+
+    def _dismiss(self) -> None:
+        if self.predecessor is not None:
+            self.predecessor.hang_up()
+            self._loop.later(PREDECESSOR_PATIENCE_S, self._insist)
+
+    def _insist(self) -> None:
+        if self.predecessor is not None:
+            self.predecessor.kill()
+
+    def _heard(self, message: dict[str, Any]) -> None:
+        if message.get("op") == "ready":
+            self._dismiss()
+            self.is_ready()
+
+    def start(self, workers: list[Worker], leaving: Leaving, policy: Accepted | None, state: dict[str, Any]) -> None:
         """Start a process and tell it everything that its predecessor knew.
 
         Raises:
             OSError: it could not be executed.
         """
-        self.child = Child(self._loop, self._command, lambda _message: None)
+        self.child = Child.start(self._loop, self._command, self._heard)
         fds = [] if self._audit_fd is None else [self._audit_fd]
         if self._http is not None:
             fds.append(self._http.fileno())
@@ -76,6 +125,10 @@ class Observer:
             self._tell({"op": "kernel"}, [kernel.counters_fd])
         for worker in workers:
             self.counters(worker)
+        for worker in leaving.workers:
+            if worker.counters_fd is not None:
+                self._tell({"op": "leaving", "worker": worker.index}, [worker.counters_fd, worker.observer_fd])
+        self.retired(leaving, [])
         if policy is not None:
             self.policy(policy)
         self.state(state)
@@ -87,6 +140,11 @@ class Observer:
         """Tell it where to read the counters of a worker."""
         if worker.counters_fd is not None:
             self._tell({"op": "counters", "worker": worker.index}, [worker.counters_fd])
+
+    def retired(self, leaving: Leaving, rows: list[int]) -> None:
+        """Tell it that these workers are gone and where to read what they counted, they and those before them."""
+        if leaving.retired_fd is not None:
+            self._tell({"op": "retired", "workers": rows}, [leaving.retired_fd])
 
     def policy(self, policy: Accepted) -> None:
         """Tell it which policy is in force."""
@@ -140,6 +198,10 @@ class Observer:
             self._audit_fd = None
         if self._http is not None:
             self._http.close()
+        if self.predecessor is not None:
+            self.predecessor.kill()
+            self.predecessor.wait(PREDECESSOR_PATIENCE_S)
+            self.predecessor = None
 
     def _tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         if self.child is not None:

@@ -94,7 +94,7 @@ class Reloader:
         self._crew = crew
         self._standing = standing
         self._notifier = notifier
-        self._settings: dict[str, Any] = installer.policy.meta["settings"]  # with which the service was started
+        self.settings: dict[str, Any] = installer.policy.meta["settings"]  # with which the service was started
         self._waiting: deque[Ask] = deque()
         self._asks: list[Ask] = []  # what the reload under way answers
         self._active = False
@@ -334,7 +334,7 @@ class Reloader:
 
     def _warn_of_settings(self, settings: dict[str, Any]) -> None:
         for name in NEEDS_RESTART:
-            if settings.get(name) != self._settings.get(name):
+            if settings.get(name) != self.settings.get(name):
                 self._log.warning(f"`{name}` has changed in the file; that takes a restart")
 
 

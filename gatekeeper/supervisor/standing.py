@@ -6,8 +6,11 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gatekeeper.supervisor.handover import Past
+
 if TYPE_CHECKING:
     from gatekeeper.supervisor.crew import Crew
+    from gatekeeper.supervisor.worker import Worker
 
 _MOST_NAMES = 8
 _LONGEST_ERROR = 4000  # it travels in messages, to the status page and the audit log
@@ -17,6 +20,7 @@ _LONGEST_ERROR = 4000  # it travels in messages, to the status page and the audi
 class Standing:
     """Where the service stands. Times are Unix times; ``reload_error`` is ``None`` after a reload that worked.
 
+    ``taking_over``: an upgrade is under way, and the workers of before it serve until the new ones do.
     ``last_good``: the policy in force was read back from the state directory. ``unconfirmed`` is ``None``, or the policy
     on trial: {"policy": digest, "before": digest, "until"}. ``save_failures``: times a policy could not be saved there.
     """
@@ -26,10 +30,34 @@ class Standing:
     started: float = field(default_factory=time.time)
     reloaded: float = field(default_factory=time.time)
     reload_error: str | None = None
+    taking_over: bool = False
+    restarts: int = 0  # of workers, before the latest upgrade
+    upgrades: int = 0
+    upgrades_failed: int = 0
+    upgrade_error: str | None = None
     last_good: bool = False
     unconfirmed: dict[str, Any] | None = None
     save_failures: int = 0
     save_error: str | None = None
+
+    @classmethod
+    def after(cls, past: Past) -> Standing:
+        """Return how a service stands that was just upgraded."""
+        return cls(
+            started=past.started, reloaded=past.reloaded, reload_error=past.reload_error, taking_over=True,
+            restarts=past.restarts, upgrades=past.upgrades, upgrades_failed=past.upgrades_failed,
+            last_good=past.last_good, save_failures=past.save_failures, save_error=past.save_error,
+        )  # fmt: skip
+
+    def past(self, crew: Crew) -> Past:
+        """Return what the next program in our place needs for `after`; it is one upgrade further."""
+        return Past(
+            self.started, self.reloaded, self.reload_error, self._restarts(crew.workers),
+            self.upgrades + 1, self.upgrades_failed, crew.leaving.cut, self.last_good, self.save_failures, self.save_error,
+        )  # fmt: skip
+
+    def _restarts(self, workers: list[Worker]) -> int:
+        return self.restarts + sum(worker.restarts for worker in workers)
 
     def note_reload(self, failure: str | None, detail: str) -> None:
         """Remember how a reload ended."""
@@ -73,6 +101,7 @@ class Standing:
         return {
             "ready": self.serving and not self.stopping and crew is not None and bool(crew.those_serving()),
             "draining": self.stopping,
+            "taking_over": self.taking_over,
             "workers": [
                 {
                     "index": worker.index,
@@ -83,7 +112,11 @@ class Standing:
                 }
                 for worker in workers
             ],
-            "restarts_total": sum(worker.restarts for worker in workers),
+            "restarts_total": self._restarts(workers),
+            "leaving": crew.leaving.state(crew.policy.bindings) if crew is not None and crew.policy is not None else [],
+            "upgrades": self.upgrades,
+            "upgrades_failed": self.upgrades_failed,
+            "upgrade_error": self.upgrade_error,
             "last_reload_successful": self.reload_error is None,
             "last_reload_timestamp": self.reloaded,
             "last_reload_error": self.reload_error,

@@ -13,6 +13,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from gatekeeper.errors import GatekeeperError, KernelError, ListenError
 from gatekeeper.kernel import inherit, privileges, steering
 from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import SlotsExhausted
-from gatekeeper.supervisor import listening, places
+from gatekeeper.supervisor import handover, listening, places, rehearsing, upgrading
 from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
 from gatekeeper.supervisor.bans import Bans
 from gatekeeper.supervisor.commands import Operators
@@ -29,6 +30,7 @@ from gatekeeper.supervisor.control import Control
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.effect import Effect
 from gatekeeper.supervisor.enforcing import Enforcer, leftover
+from gatekeeper.supervisor.handover import HandoverError
 from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.lastgood import Disk
 from gatekeeper.supervisor.loop import Loop
@@ -36,6 +38,8 @@ from gatekeeper.supervisor.reload_requests import ReloadRequests
 from gatekeeper.supervisor.reloading import Ask, Reloader
 from gatekeeper.supervisor.standing import Standing
 from gatekeeper.supervisor.starting import NothingToStartWith, choose
+from gatekeeper.supervisor.succession import Estate, Ground
+from gatekeeper.supervisor.upgrading import Upgrader
 
 if TYPE_CHECKING:
     from gatekeeper.supervisor.compiling import Compiled
@@ -59,6 +63,7 @@ class Options:
     watch: bool = False
     stuck_after_s: float = STUCK_AFTER_S
     commands: Commands = field(default_factory=Commands)
+    program: list[str] = field(default_factory=upgrading.program_as_started)
 
 
 class Supervisor:
@@ -81,6 +86,7 @@ class Supervisor:
         self._bans: Bans | None = None
         self._installer: Installer | None = None
         self._reloader: Reloader | None = None
+        self._upgrader: Upgrader | None = None
         self._watcher: Watcher | None = None
         self._early: Ask | None = None  # a reload that was asked for before there was anything to reload
         self._cutting = False  # the stop waits for no session any more
@@ -89,27 +95,41 @@ class Supervisor:
         """Serve until told to stop; return the exit code."""
         _raise_descriptor_limit()
         privileges.harden()
+        try:
+            left = handover.incoming(os.environ)
+        except HandoverError as err:
+            self._log.error(str(err))
+            return CANNOT
+        if left is not None and left.report is not None:
+            return rehearsing.prove(left, self._options.commands, self._log)
         with self._loop:
+            upgrading.let_signals_in()
             try:
                 if self._notifier.watchdog_interval_s is not None:
                     self._pet_watchdog()
                 if self._options.watch:
-                    self._watch()
-                states = self._options.state or "", os.environ.get("STATE_DIRECTORY", "")
-                self._compiler.start(self._compiled, Known(states=states), self._log.status)
+                    self._watch(upgraded=left is not None)
+                if left is not None:
+                    self._take_over(left.state)
+                else:
+                    states = self._options.state or "", os.environ.get("STATE_DIRECTORY", "")
+                    self._compiler.start(self._compiled, Known(states=states), self._log.status)
                 return self._loop.run()
             finally:
                 self._close()
 
     # -- start
 
-    def _watch(self) -> None:
+    def _watch(self, *, upgraded: bool) -> None:
         from gatekeeper.supervisor import watching  # noqa: PLC0415 - only who asks for it needs inotify
 
         try:
             self._watcher = watching.Watcher(self._loop, self._options.path, lambda: self._ask("watch"), self._log.warning)
         except watching.WatchError as err:
-            self._cannot_start(str(err))
+            if upgraded:
+                self._log.error(f"{err}; files are not watched any more")
+            else:
+                self._cannot_start(str(err))
         else:
             self._compiler.follow = self._watcher.follow
 
@@ -144,27 +164,55 @@ class Supervisor:
             names = ", ".join(unused.describe() for unused in self._inherited)
             raise ListenError(f"no listener in {self._options.path} wants the inherited {names}")
         self._enforcer = self._enforce(settings["kernel"], policy)
+        self._serve(Ground(policy, opener, http, settings, directory))
+
+    def _take_over(self, state_fd: int) -> None:
+        """Go on where another program in our place, of this version or another, has left off."""
+        try:
+            left = handover.read(state_fd)
+            os.close(state_fd)
+            ground = Ground.of(left)
+            self._policy, self._lock = ground.policy, left.lock
+            self._standing = Standing.after(left.past)
+            if self._watcher is not None:
+                self._early = Ask("watch")  # what has changed meanwhile, and which files to watch
+            self._serve(ground, left)
+        except (GatekeeperError, OSError) as err:
+            self._cannot_start(f"cannot take over: {err}")
+
+    def _serve(self, ground: Ground, left: handover.State | None = None) -> None:
+        """Start everybody. ``left``: what an upgrade has left to us."""
+        policy, settings = ground.policy, ground.settings
         identity = privileges.who_to_become()
         crew = Crew(
-            self._loop, self._log, self._options.commands, identity, size, self._options.stuck_after_s,
+            self._loop, self._log, self._options.commands, identity, ground.opener.shards, self._options.stuck_after_s,
             lambda: self._standing.state(self._crew) | {"kernel": self._enforcer is not None, "bans": len(self._bans or ())},
         )  # fmt: skip
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
-        self._installer = Installer(self._loop, policy, opener, crew, self._enforcer)
-        effect = Effect(self._log, self._installer, crew, self._standing, self._disk, directory)
+        self._installer = Installer(self._loop, policy, ground.opener, crew, self._enforcer)
+        effect = Effect(self._log, self._installer, crew, self._standing, self._disk, ground.directory)
         self._reloader = Reloader(
             self._loop, self._log, self._compiler, self._installer, effect, crew, self._standing, self._notifier
         )
+        self._reloader.settings = settings
         if self._early is not None:
             self._reloader.request(self._early)
-        self._bans = Bans(self._loop, self._log, crew, self._enforcer, directory)
-        self._bans.begin()
+        self._bans = Bans(self._loop, self._log, crew, self._enforcer, ground.directory)
+        self._bans.begin(None if left is None else left.bans)
         self._control.handlers |= self._bans.handlers
         self._control.handlers |= ReloadRequests(self._reloader).handlers
         Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
-        self._control.begin(self._options.control, settings)
-        crew.start(policy, settings["audit"], http, self._enforcer)
+        estate = Estate(
+            ground, crew, self._reloader, self._standing, self._bans, self._enforcer, self._control, self._lock
+        )
+        self._upgrader = Upgrader(self._loop, self._log, self._options.program, estate, self._options.drain_timeout_s, left)
+        self._control.handlers["upgrade"] = self._upgrader.asked
+        if left is None:
+            self._control.begin(self._options.control, settings)
+        elif left.control is not None:
+            self._control.take_over(left.control.path, left.control.group, socket.socket(fileno=left.control.socket))
+        crew.start(policy, settings["audit"], ground.http, self._enforcer, left)
         if identity is not None and identity.name != privileges.ACCOUNTS[0]:
             self._log.info(f"workers run as {identity.name}; an account called {privileges.ACCOUNTS[0]} would be better")
 
@@ -195,10 +243,13 @@ class Supervisor:
 
     def _all_serve(self) -> None:
         self._standing.serving = True
+        if self._upgrader is not None:
+            self._upgrader.all_serve()
         self._log.info(self._summary())
         self._notifier.ready(self._summary())
         if self._crew is not None:
-            self._crew.event("start", pid=os.getpid(), policy=self._digest())
+            if not self._standing.upgrades:
+                self._crew.event("start", pid=os.getpid(), policy=self._digest())
             self._crew.tell_state()
         if self._reloader is not None:
             self._reloader.begin()
@@ -212,6 +263,8 @@ class Supervisor:
     def _signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
             self._compiler.poll()
+            if self._upgrader is not None:
+                self._upgrader.poll()
             if self._crew is not None:
                 self._crew.reap()
         elif number == signal.SIGHUP:
@@ -236,6 +289,8 @@ class Supervisor:
             self._stop_now()
             return
         self._reloader.stop()
+        if self._upgrader is not None:
+            self._upgrader.cancel()
         deadline_s = self._options.drain_timeout_s
         self._log.info(f"stopping: sessions have {deadline_s:g} s to end; another signal ends them now")
         self._notifier.stopping("draining")
@@ -260,7 +315,7 @@ class Supervisor:
         self._crew.drain(0.0)  # not killed: what they end themselves is counted and in the audit log
 
     def _all_gone(self) -> None:
-        cut = self._crew.cut if self._crew is not None else 0
+        cut = self._crew.cut + self._crew.leaving.cut if self._crew is not None else 0
         sessions = "1 session" if cut == 1 else f"{cut} sessions"
         self._log.info("stopped" if not cut else f"stopped; {sessions} had not ended by themselves")
         self._loop.stop(FINE)

@@ -25,6 +25,7 @@ from gatekeeper.snapshot.counters import (
     WorkerSlot,
 )
 from gatekeeper.supervisor.child import Child
+from gatekeeper.supervisor.handover import Fd, OldWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ class State(enum.Enum):
     PREPARING = enum.auto()
     COMMITTING = enum.auto()
     SERVING = enum.auto()
+    LEAVING = enum.auto()  # of before an upgrade: it has no successor
 
 
 class Backoff:
@@ -77,7 +79,14 @@ class Backoff:
 class Worker:
     """A place among the workers, and the process that fills it. Owns counters and both ends of the events socket."""
 
-    def __init__(self, index: int, loop: Loop, command: Sequence[str], identity: Identity | None) -> None:
+    def __init__(
+        self,
+        index: int,
+        loop: Loop,
+        command: Sequence[str],
+        identity: Identity | None,
+        events: tuple[socket.socket, socket.socket] | None = None,
+    ) -> None:
         self.index = index
         self.state = State.DOWN
         self.child: Child | None = None
@@ -96,9 +105,37 @@ class Worker:
         self._loop = loop
         self._command = command
         self._identity = identity
-        self._events_in, self._events_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._events_in, self._events_out = events or socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._events_in, self._events_out):
             end.setblocking(False)
+
+    @classmethod
+    def adopt(
+        cls, index: int, loop: Loop, old: OldWorker, on_message: Callable[[Worker, dict[str, Any]], None]
+    ) -> Worker:
+        """Return a worker process of before an upgrade, with what it has; it goes on with its sessions and then leaves."""
+        events_in, events_out = (socket.socket(fileno=fd) for fd in old.events)
+        worker = cls(index, loop, (), None, (events_in, events_out))
+        worker.counters_fd = old.counters
+        worker._heartbeat = mmap.mmap(old.counters, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+        worker.child = Child.adopt(loop, old.pid, old.channel, old.started, lambda message: on_message(worker, message))
+        worker.generation = old.generation
+        worker.state = State.LEAVING
+        return worker
+
+    def left_behind(self, deadline: float | None = None) -> OldWorker | None:
+        """Return what another program in our place needs to adopt the process that is here; ``None``: there is none.
+
+        ``deadline``: it drains already, until then.
+        """
+        child, counters_fd = self.child, self.counters_fd
+        if child is None or child.channel_fd is None or counters_fd is None or self._fresh_fd is not None:
+            return None
+        return OldWorker(
+            child.pid, Fd(child.channel_fd), Fd(counters_fd),
+            (Fd(self._events_in.fileno()), Fd(self._events_out.fileno())),
+            child.started, self.generation, self.state is State.SERVING, deadline,
+        )  # fmt: skip
 
     @property
     def observer_fd(self) -> int:
@@ -115,13 +152,13 @@ class Worker:
         """
         self._fresh_fd = memfd.create(f"gatekeeper-counters-{self.index}", CAPACITY_BYTES)
         if self.counters_fd is not None:
-            os.pwrite(self._fresh_fd, _inheritance(self.counters_fd, bindings), 0)
+            os.pwrite(self._fresh_fd, inheritance(self.counters_fd, bindings), 0)
         self._heartbeat = mmap.mmap(self._fresh_fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)
         self._has = {}
         self._given = {}
         self.covers = set()
         self.offered = 0
-        self.child = Child(self._loop, self._command, lambda message: on_message(self, message))
+        self.child = Child.start(self._loop, self._command, lambda message: on_message(self, message))
         self.state = State.STARTING
         identity = self._identity
         self.child.send(
@@ -143,11 +180,11 @@ class Worker:
         self.counters_fd, self._fresh_fd = self._fresh_fd, None
         self.state = State.READY
 
-    def offer(self, policy: Accepted) -> None:
+    def offer(self, policy: Accepted, *, sockets: bool = True) -> None:
         """Give it the sockets of a policy that it lacks, and the policy; it answers prepared or failed."""
         if self.child is None:
             return
-        for shard in (self.index, *sorted(self.covers)):
+        for shard in (self.index, *sorted(self.covers)) if sockets else ():
             self._hand_over(self.child, policy, shard)
         try:
             with policy.fds() as fds:
@@ -201,9 +238,22 @@ class Worker:
         if self.child is not None and table_fd is not None:
             self.child.send({"op": "bans", "query": 0}, [table_fd])
 
-    def drain(self, deadline_s: float) -> None:
-        """Let it accept no more and end when its sessions have, or after ``deadline_s``."""
-        self._tell({"op": "drain", "deadline_s": deadline_s})
+    def drain(self, deadline_s: float, *, handover: bool = False) -> None:
+        """Let it accept no more and end when its sessions have, or after ``deadline_s``.
+
+        ``handover``: others serve the same sockets, so it leaves to them whoever waits there.
+        """
+        self._tell({"op": "drain", "deadline_s": deadline_s, "handover": handover})
+
+    def sessions(self, bindings: Bindings) -> int:
+        """Return how many sessions it has, as it counts them."""
+        if self.counters_fd is None:
+            return 0
+        slots = memoryview(os.pread(self.counters_fd, bindings.next_slot * _SLOT_BYTES, 0)).cast("Q")
+        return sum(
+            max(0, slots[first + ListenerSlot.SESSIONS_OPENED] - slots[first + ListenerSlot.SESSIONS_CLOSED])
+            for first in bindings.listeners.values()
+        )
 
     def silent_for_s(self, now: float) -> float:
         """Return how long its loop has not turned; of one that has not begun to turn, how long ago it was started."""
@@ -246,7 +296,7 @@ class Worker:
             self.child.send(message)
 
 
-def _inheritance(counters_fd: int, bindings: Bindings) -> bytes:
+def inheritance(counters_fd: int, bindings: Bindings) -> bytes:
     """Return the slots a successor begins with: all that was counted; what was live has ended, and gauges are zero.
 
     Numbers that were not counted, but written by a worker that somebody had taken over, would end every session of the

@@ -91,7 +91,8 @@ class Service(Process):
         return [
             pid
             for pid in children(self.pid)
-            if is_running(pid) and re.search(r"gatekeeper\.proxy|stand_in_worker", command_line(pid))
+            # A child that was not executed yet still has our own command line, which names the stand-in, too.
+            if is_running(pid) and re.search(r"gatekeeper\.proxy|stand_in_worker\.py \w", command_line(pid))
         ]
 
     def stop(self) -> int:

@@ -32,7 +32,7 @@ class Driver:
 
     def start(self, script: str) -> Child:
         """Start a child that runs ``script`` with a ``channel``."""
-        child = Child(self.loop, [sys.executable, "-c", PREAMBLE + script], self.messages.append)
+        child = Child.start(self.loop, [sys.executable, "-c", PREAMBLE + script], self.messages.append)
         self.children.append(child)
         return child
 
@@ -139,7 +139,7 @@ def test_a_program_that_is_not_there(driver: Driver) -> None:
     """A command that cannot be executed is an OSError, and leaves no descriptor behind."""
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(FileNotFoundError):
-        Child(driver.loop, ["/nowhere/at/all"], driver.messages.append)
+        Child.start(driver.loop, ["/nowhere/at/all"], driver.messages.append)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -10,7 +10,7 @@ import pytest
 from gatekeeper.kernel import memfd
 from gatekeeper.snapshot.bindings import Bindings, VerdictKey
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, LISTENER_SLOTS, WORKER_SLOTS, End, ListenerSlot, WorkerSlot
-from gatekeeper.supervisor.worker import Backoff, _inheritance
+from gatekeeper.supervisor.worker import Backoff, inheritance
 
 
 def test_a_successor_goes_on_counting() -> None:
@@ -29,7 +29,7 @@ def test_a_successor_goes_on_counting() -> None:
     slots[verdict] = 99
     fd = memfd.create("test", CAPACITY_BYTES)
     os.pwrite(fd, struct.pack(f"={len(slots)}Q", *slots), 0)
-    after = struct.unpack(f"={len(slots)}Q", _inheritance(fd, bindings))
+    after = struct.unpack(f"={len(slots)}Q", inheritance(fd, bindings))
     os.close(fd)
     expected = list(slots)
     expected[WorkerSlot.HEARTBEAT_MS] = 0
@@ -45,7 +45,7 @@ def test_counters_of_a_worker_gone_mad_do_no_harm() -> None:
     fd = memfd.create("test", CAPACITY_BYTES)
     os.pwrite(fd, b"\xff" * bindings.next_slot * 8, 0)
     os.pwrite(fd, b"\0" * 8, (WORKER_SLOTS + ListenerSlot.SESSIONS_CLOSED) * 8)
-    assert len(_inheritance(fd, bindings)) == bindings.next_slot * 8
+    assert len(inheritance(fd, bindings)) == bindings.next_slot * 8
     os.close(fd)
 
 
