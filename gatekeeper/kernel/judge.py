@@ -6,7 +6,6 @@ What lives as long as the service is in `Common`: the ring buffer of reports, th
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import socket
 import struct
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from gatekeeper.kernel import bpf, layout, lookup
 from gatekeeper.kernel.bans import Bans
+from gatekeeper.kernel.counts import Counts
 from gatekeeper.kernel.ring import Ring
 from gatekeeper.kernel.search import Level, levels_v4, levels_v6
 from gatekeeper.policy.model import Action
@@ -56,6 +56,11 @@ class Common:
             self.close()
             raise
 
+    @property
+    def holes(self) -> list[int]:
+        """The descriptors of the black holes."""
+        return [hole.fileno() for hole in self._holes]
+
     def close(self) -> None:
         """Close everything; a pinned program refuses at once what it used to drop."""
         for hole in self._holes:
@@ -84,7 +89,6 @@ class Judge:
         """
         self.slots = list(slots)
         self._cpus = min(1 << ((os.cpu_count() or 1) - 1).bit_length(), MOST_CPUS)
-        self._counted = bytes(len(self.slots) * self._cpus * lookup.COUNT.size)
         maps = {"ring": common.ring_map, "holes": common.holes_map} | common.bans.maps
         own: list[int] = []
         v4, v6 = levels_v4(len(snapshot.v4)), levels_v6(len(snapshot.v6_class))
@@ -100,8 +104,8 @@ class Judge:
                 v4, v6, bool(exact), bool(anywhere), self._cpus, REPORTS_PER_S, REPORTS_BURST
             ))  # fmt: skip
             self.instructions = len(code)
-            self._counts = mmap.mmap(maps["counts"], len(self._counted), mmap.MAP_SHARED, mmap.PROT_READ)
             self.program = bpf.load(code.assemble(maps), code.listing())
+            self.counts = Counts(os.dup(maps["counts"]), len(self.slots), self._cpus)
         finally:
             # The program holds them from now on; a failed one leaves nothing.
             for fd in own:
@@ -118,25 +122,41 @@ class Judge:
 
     def news(self) -> dict[int, tuple[int, int]]:
         """Return what happened since the last call: detail -> (attempts, of those reported)."""
-        now = bytes(self._counts)
-        if now == self._counted:
-            return {}
-        before, self._counted = memoryview(self._counted).cast("Q").tolist(), now
-        after = memoryview(now).cast("Q").tolist()
-        width = 2 * self._cpus
-        found = {}
-        for detail, first in enumerate(range(0, len(after), width)):
-            last = first + width
-            if after[first:last] != before[first:last]:
-                attempts = sum(after[first:last:2]) - sum(before[first:last:2])
-                reported = sum(after[first + 1 : last : 2]) - sum(before[first + 1 : last : 2])
-                found[detail] = attempts, reported
-        return found
+        return self.counts.news()
 
     def close(self) -> None:
         """Let go of the program; a link keeps it in force."""
         os.close(self.program)
-        self._counts.close()
+        self.counts.close()
+
+
+class Former:
+    """The program of before an upgrade, until it is counted to the end. Owns all descriptors.
+
+    ``holes`` are its black holes, and ``ring`` is where it reports: both it needs until another takes over.
+    """
+
+    def __init__(self, slots: Sequence[int], counts: Counts, ring: int, holes: Sequence[int]) -> None:
+        """Map the ring.
+
+        Raises:
+            OSError: the kernel refused.
+        """
+        self.slots = list(slots)
+        self.counts = counts
+        self.ring = Ring(ring, RING_BYTES)
+        self._fds = [ring, *holes]
+
+    def news(self) -> dict[int, tuple[int, int]]:
+        """See `Judge.news`."""
+        return self.counts.news()
+
+    def close(self) -> None:
+        """Let go of all of it."""
+        self.ring.close()
+        self.counts.close()
+        for fd in self._fds:
+            os.close(fd)
 
 
 def _spread(words: memoryview) -> memoryview:

@@ -9,16 +9,19 @@ kernel looks like one more worker: it has counters in shared memory and a socket
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import mmap
 import os
 import socket
 import time
+import zlib
 from typing import TYPE_CHECKING
 
 from gatekeeper.errors import KernelError
 from gatekeeper.kernel import bpf, lookup, memfd
-from gatekeeper.kernel.judge import Common, Judge
+from gatekeeper.kernel.counts import Counts
+from gatekeeper.kernel.judge import Common, Former, Judge
 from gatekeeper.proxy.events import MAX_RECORDS, RECORD, REFUSAL, SUPPRESSED
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, End, WorkerSlot
 from gatekeeper.snapshot.reader import Snapshot
@@ -27,6 +30,7 @@ from gatekeeper.supervisor.handover import Fd, Kernel
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from gatekeeper.kernel.ring import Ring
     from gatekeeper.supervisor.accepted import Accepted
     from gatekeeper.supervisor.loop import Loop
 
@@ -41,8 +45,10 @@ PINS = "/sys/fs/bpf/gatekeeper"
 class Enforcer:
     """Owns the link, the program in force, ``counters_fd``, and both ends of the events (``events_out`` for the observer)."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, left: Kernel | None = None) -> None:
         """Make what lives as long as the service. Nothing is judged before `attach`.
+
+        ``left``: what another program in our place has left; its program judges meanwhile.
 
         Raises:
             KernelError: what is missing, and how to mend it.
@@ -52,13 +58,13 @@ class Enforcer:
         self._namespace = self._link = -1
         self._judge: Judge | None = None
         self._policy: Accepted | None = None
-        self._leaving: list[tuple[Judge, Accepted]] = []  # swapped out, not counted to the end yet
+        self._leaving: list[tuple[Judge | Former, Accepted]] = []  # swapped out, not counted to the end yet
         self._kept: list[tuple[Judge, Accepted]] = []  # swapped out, and may come back
         self._flow = int(time.time()) << 21  # workers' flow ids begin twice as high
         try:
             self._namespace = os.open(NAMESPACE, os.O_RDONLY)
             self._pin = pin_path(self._namespace)
-            self._link = self._left_behind()
+            self._link = self._left_behind() if left is None else int(left.link)
             ours = {bpf.program_of(self._link)} if self._link >= 0 else set()
             self.others = len(set(bpf.attached(self._namespace)) - ours)
             self._common = Common()
@@ -90,6 +96,34 @@ class Enforcer:
         except KernelError:
             enforcer.close()
             raise
+        return enforcer
+
+    @classmethod
+    def take_over(
+        cls, loop: Loop, policy: Accepted, left: Kernel, banned: Iterable[tuple[int, int, int]], warn: Callable[[str], None]
+    ) -> Enforcer:
+        """Return an enforcer that has replaced the program of before an upgrade by its own, between two packets.
+
+        Raises:
+            KernelError: it could not be.
+        """
+        try:
+            counts = Counts(int(left.counts), len(policy.bindings.details), left.cpus, zlib.decompress(base64.b64decode(left.counted)))
+            former = Former(policy.bindings.details, counts, int(left.ring), list(map(int, left.holes)))
+        except (OSError, ValueError, zlib.error) as err:
+            raise KernelError(f"the kernel's counts of before the upgrade cannot be read: {err}") from err
+        enforcer = cls(loop, left)
+        counted = os.pread(left.counters, policy.bindings.next_slot * 8, 0)
+        enforcer._memory[: len(counted)] = counted
+        os.close(left.counters)
+        enforcer._flow = left.flow
+        enforcer.ban(banned)
+        judge = enforcer.load(policy)
+        if enforcer.others:
+            warn(_OTHERS)
+        enforcer.attach(judge, policy)
+        enforcer._leaving.append((former, policy))
+        loop.later(LINGER_S, enforcer._see_off)
         return enforcer
 
     def load(self, policy: Accepted, *, alone: bool = False) -> Judge:
@@ -175,7 +209,18 @@ class Enforcer:
 
     def left_behind(self) -> Kernel:
         """Return what another program in our place needs, so that the program in force stays in force."""
-        return Kernel(Fd(self._link), Fd(self.counters_fd), self._flow, ())
+        assert self._judge is not None
+        self._hear()
+        self._count_all()
+        counts = self._judge.counts
+        return Kernel(
+            Fd(self._link), tuple(map(Fd, self._common.holes)), Fd(self.counters_fd), self._flow,
+            Fd(counts.fd), counts.cpus, base64.b64encode(zlib.compress(counts.counted)).decode(), Fd(self._common.ring_map),
+        )  # fmt: skip
+
+    def restless(self) -> bool:
+        """Say whether programs that were swapped out are still to be counted."""
+        return bool(self._leaving or self._kept)
 
     def ban(self, ranges: Iterable[tuple[int, int, int]]) -> None:
         """Refuse these (family, first, last) above all policies, and nobody else any more.
@@ -266,6 +311,8 @@ class Enforcer:
     def _see_off(self) -> None:
         if self._leaving:
             judge, policy = self._leaving.pop(0)
+            if isinstance(judge, Former):
+                self._hear(judge.ring)
             self._count(judge, policy)
             judge.close()
 
@@ -275,7 +322,7 @@ class Enforcer:
         if self._judge is not None and self._policy is not None:
             self._count(self._judge, self._policy)
 
-    def _count(self, judge: Judge, policy: Accepted) -> None:
+    def _count(self, judge: Judge | Former, policy: Accepted) -> None:
         """Add what a program has counted since the last time; what was refused without a report is said in one record."""
         records = []
         now = time.time()
@@ -295,11 +342,11 @@ class Enforcer:
                 ))  # fmt: skip
         self._tell(records)
 
-    def _hear(self) -> None:
-        """Pass on what the program reports."""
+    def _hear(self, ring: Ring | None = None) -> None:
+        """Pass on what the program reports; ``ring``: one of before an upgrade."""
         since_boot_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         records = []
-        for report in self._common.ring.read():
+        for report in (ring or self._common.ring).read():
             at_ns, slot, number, port, to_port, family, _protocol, source, target = lookup.REPORT.unpack(report)
             self._flow += 1
             records.append(RECORD.pack(

@@ -95,12 +95,20 @@ class OldObserver:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """The kernel's part: the link keeps the program in force; the rest is for accounts. See `enforcing.Enforcer`."""
+    """The kernel's part: the link keeps the program in force, ``holes`` swallow what it drops; the rest is for accounts.
+
+    ``counts`` is what the program counts, for ``cpus`` CPUs, and ``counted`` (zlib, base64) how much of it was taken
+    into account; it reports in ``ring``. See `enforcing.Enforcer`.
+    """
 
     link: Fd
+    holes: tuple[Fd, ...]
     counters: Fd
     flow: int
-    held: tuple[Fd, ...]  # whatever the program in force needs until another replaces it
+    counts: Fd
+    cpus: int
+    counted: str
+    ring: Fd
 
 
 @dataclass(frozen=True, slots=True)

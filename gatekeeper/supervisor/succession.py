@@ -109,6 +109,8 @@ class Estate:
         """Return what must come to an end before another program may take our place, ``None`` when nothing must."""
         if self.reloader.busy or self.reloader.trial is not None:
             return "a reload is under way"
+        if self.enforcer is not None and self.enforcer.restless():
+            return "the kernel still counts for a policy that was replaced"
         return self.crew.restless()
 
     def _control_socket(self) -> ControlSocket | None:

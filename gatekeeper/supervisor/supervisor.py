@@ -23,6 +23,7 @@ from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import SlotsExhausted
 from gatekeeper.supervisor import handover, listening, places, rehearsing, upgrading
 from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
+from gatekeeper.supervisor.banlist import BanFileError, BanList
 from gatekeeper.supervisor.bans import Bans
 from gatekeeper.supervisor.commands import Operators
 from gatekeeper.supervisor.compiling import Compiler, Known
@@ -173,11 +174,14 @@ class Supervisor:
             os.close(state_fd)
             ground = Ground.of(left)
             self._policy, self._lock = ground.policy, left.lock
+            if left.kernel is not None:
+                banned = BanList.parse(left.bans).sources()
+                self._enforcer = Enforcer.take_over(self._loop, ground.policy, left.kernel, banned, self._log.warning)
             self._standing = Standing.after(left.past)
             if self._watcher is not None:
                 self._early = Ask("watch")  # what has changed meanwhile, and which files to watch
             self._serve(ground, left)
-        except (GatekeeperError, OSError) as err:
+        except (GatekeeperError, BanFileError, OSError) as err:
             self._cannot_start(f"cannot take over: {err}")
 
     def _serve(self, ground: Ground, left: handover.State | None = None) -> None:

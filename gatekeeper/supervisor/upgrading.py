@@ -78,6 +78,7 @@ class Proof:
             environment = {name: value for name, value in os.environ.items() if name not in MANAGERS}
             environment[handover.VARIABLE] = f"prove:{state_fd}:{report_end}"
             try:
+                privileges.keep_across_exec()
                 self._process = subprocess.Popen(
                     list(program), env=environment, pass_fds=(state_fd, report_end, *state.descriptors()),
                     stdin=subprocess.DEVNULL, stdout=output_end, stderr=output_end, start_new_session=True,
@@ -190,8 +191,6 @@ class Upgrader:
             request.fail("an upgrade is under way already")
         elif self._estate.reloader.trial is not None:
             request.fail("a policy waits to be confirmed: `gatekeeper confirm` or `gatekeeper rollback` comes first")
-        elif self._estate.enforcer is not None:
-            request.fail("the kernel's program cannot be taken over: that takes a restart")
         else:
             self._begin(request, float(drain_s))
 
