@@ -181,6 +181,7 @@ class Operators:
 
         request.when_gone = gone
         observer.tail(request.fds[0])
+        request.close_fds()  # so that the reader sees its end when the observer is gone
         request.progress("following")
 
     def _phase(self) -> str:
