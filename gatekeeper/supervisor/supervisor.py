@@ -23,6 +23,7 @@ from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import SlotsExhausted
 from gatekeeper.supervisor import handover, listening, places, rehearsing, upgrading
 from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
+from gatekeeper.supervisor.asks import Ask
 from gatekeeper.supervisor.bans import Bans
 from gatekeeper.supervisor.commands import Operators
 from gatekeeper.supervisor.compiling import Compiler, Known
@@ -35,7 +36,7 @@ from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.lastgood import Disk
 from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.reload_requests import ReloadRequests
-from gatekeeper.supervisor.reloading import Ask, Reloader
+from gatekeeper.supervisor.reloading import Reloader
 from gatekeeper.supervisor.standing import Standing
 from gatekeeper.supervisor.starting import NothingToStartWith, choose
 from gatekeeper.supervisor.succession import Estate, Ground
