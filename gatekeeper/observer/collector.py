@@ -45,6 +45,11 @@ class ServiceCollector(Collector):
             value=float(bool(service.state.get("kernel"))),
         )
         yield GaugeMetricFamily(
+            "gatekeeper_kernel_other_programs",
+            "Other sk_lookup programs in our network namespace while the kernel refuses; they may let in what it refuses.",
+            value=float(service.state.get("kernel_others") or 0),
+        )
+        yield GaugeMetricFamily(
             "gatekeeper_bans",
             "Bans in force, made by operators; one may ban a whole network.",
             value=float(service.state.get("bans") or 0),

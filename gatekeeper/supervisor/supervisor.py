@@ -187,10 +187,16 @@ class Supervisor:
         identity = privileges.who_to_become()
         crew = Crew(
             self._loop, self._log, self._options.commands, identity, ground.opener.shards, self._options.stuck_after_s,
-            lambda: self._standing.state(self._crew) | {"kernel": self._enforcer is not None, "bans": len(self._bans or ())},
+            lambda: self._standing.state(self._crew) | {
+                "kernel": self._enforcer is not None,
+                "kernel_others": self._enforcer.others if self._enforcer is not None else 0,
+                "bans": len(self._bans or ()),
+            },
         )  # fmt: skip
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
+        if self._enforcer is not None:
+            self._enforcer.others_changed = crew.tell_state
         self._installer = Installer(self._loop, policy, ground.opener, crew, self._enforcer)
         effect = Effect(self._log, self._installer, crew, self._standing, self._disk, ground.directory)
         self._reloader = Reloader(
