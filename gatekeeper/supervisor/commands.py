@@ -77,6 +77,7 @@ class Operators:
                 "done": state["upgrades"], "failed": state["upgrades_failed"], "error": state["upgrade_error"],
                 "taking_over": state["taking_over"],
             },
+            "tails": self._tails,
             "clients_dropped": self._control.dropped,
         }
         if policy is not None:
