@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -104,8 +105,8 @@ def follow(terminal: Terminal, control: str | None) -> Iterator[str]:
 
 def _follow_once(control: str | None) -> Iterator[str]:
     """Return the lines of one observer, until it goes away."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, connect(control, patience_s=None) as daemon:
+    with connect(control, patience_s=None) as daemon, contextlib.ExitStack() as ends:
+        ours, theirs = map(ends.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         with theirs:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
             daemon.begin("tail", [theirs.fileno()])

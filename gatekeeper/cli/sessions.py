@@ -44,7 +44,7 @@ def _source(row: dict[str, Any]) -> tuple[bool, bytes, int]:
 
 
 ORDERS: dict[str, tuple[Callable[[dict[str, Any]], Any], bool]] = {  # key, and whether the greatest comes first
-    "age": (lambda row: row["age_s"], True),
+    "age": (lambda row: row["began"], False),
     "idle": (lambda row: row["idle_s"], True),
     "bytes": (lambda row: row["bytes_in"] + row["bytes_out"], True),
     "rate": (_rate, True),

@@ -25,7 +25,7 @@ from gatekeeper.cli.terminal import FINE, NO, Command, Terminal
         ("last_good", "true when the rule file was of no use at the start, and the last good policy is in force"),
         ("save_error", "why the policy in force could not be saved in the state directory, or null"),
         ("kernel", "true when the kernel refuses, before there is a connection"),
-        ("workers", "[{index, pid, alive, restarts, uptime_s}]"),
+        ("workers", "[{index, pid, alive, serving, restarts, uptime_s}]"),
         ("listeners", "[{name, protocol, path, addresses, backends, sessions, opened, bytes_in, bytes_out, ...}]"),
         ("verdicts", "[{listener, action, rule, reason, count, kernel_attempts}]: those that were given"),
     ),
@@ -48,4 +48,4 @@ def command(terminal: Terminal, control: str | None, as_json: bool) -> int:
 
         show_status(terminal, status)
     well = status["state"] == "serving" and status["last_reload"]["successful"]
-    return FINE if well and all(worker["alive"] for worker in status["workers"]) else NO
+    return FINE if well and all(worker["serving"] for worker in status["workers"]) else NO

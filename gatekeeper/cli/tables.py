@@ -51,11 +51,11 @@ def show_status(terminal: Terminal, status: dict[str, Any]) -> None:
 def status_lines(status: dict[str, Any]) -> list[Text]:
     """Return how the daemon is, in a few lines."""
     state, reload = status["state"], status["last_reload"]
-    alive = sum(worker["alive"] for worker in status["workers"])
+    serving = sum(worker["serving"] for worker in status["workers"])
     restarts = sum(worker["restarts"] for worker in status["workers"])
     workers = f"{count(len(status['workers']), 'worker')}"
-    if alive < len(status["workers"]):
-        workers += f", {len(status['workers']) - alive} of them down"
+    if serving < len(status["workers"]):
+        workers += f", {len(status['workers']) - serving} of them not serving"
     if restarts:
         workers += f", {count(restarts, 'restart')}"
     lines = [

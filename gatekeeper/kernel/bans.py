@@ -36,6 +36,7 @@ class Bans:
         self._most = most_addresses
         self._addresses: set[int] = set()  # IPv4 as IPv4-mapped
         self._networks: set[Network] = set()
+        self._lengths: dict[int, set[int]] = {4: set(), 6: set()}  # of the networks
         try:
             self.maps["bans"] = bpf.create_map(bpf.ARRAY, 4, lookup.BANS.size, 1)
             self.maps["banned"] = bpf.create_map(bpf.HASH, lookup.ADDRESS_BYTES, _VALUE, most_addresses, bpf.NO_PREALLOC)
@@ -73,6 +74,20 @@ class Bans:
         self._add(addresses - self._addresses, networks - self._networks)
         self._remove(fewer_addresses & self._addresses, fewer_networks)
 
+    def __contains__(self, source: tuple[int, int]) -> bool:
+        """Say whether a (family, address) is banned."""
+        family, address = source
+        if (address | _MAPPED if family == 4 else address) in self._addresses:
+            return True
+        width = _WIDTHS[family]
+        return any(
+            (family, bits, address >> width - bits << width - bits) in self._networks for bits in self._lengths[family]
+        )
+
+    def __bool__(self) -> bool:
+        """Say whether anybody is banned."""
+        return bool(self._addresses or self._networks)
+
     def _add(self, addresses: set[int], networks: set[Network]) -> None:
         # Noted before it is done: what is not there is taken away again without harm.
         self._addresses |= addresses
@@ -96,8 +111,9 @@ class Bans:
         self._tell_numbers()
 
     def _tell_numbers(self) -> None:
-        v4 = sum(1 for network in self._networks if network[0] == 4)
-        numbers = lookup.BANS.pack(len(self._addresses), v4, len(self._networks) - v4, 0)
+        lengths = {family: [bits for one, bits, _first in self._networks if one == family] for family in _WIDTHS}
+        self._lengths = {family: set(found) for family, found in lengths.items()}
+        numbers = lookup.BANS.pack(len(self._addresses), len(lengths[4]), len(lengths[6]), 0)
         bpf.update(self.maps["bans"], bytes(4), numbers)
 
     def close(self) -> None:

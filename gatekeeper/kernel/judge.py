@@ -77,7 +77,10 @@ class Common:
 
 
 class Judge:
-    """One loaded program. ``slots`` is the counter slot of each detail. Owns ``program`` and the view of its counts."""
+    """One loaded program, and the snapshot that it judges by. ``slots`` is the counter slot of each detail.
+
+    Owns ``program`` and the view of its counts.
+    """
 
     def __init__(self, snapshot: Snapshot, slots: Sequence[int], numbers: Sequence[int], common: Common) -> None:
         """Fill the maps of ``snapshot`` and load the program.
@@ -87,6 +90,7 @@ class Judge:
         Raises:
             OSError: no memory or no right; `bpf.Refused` when it is the program that the kernel does not take.
         """
+        self.snapshot = snapshot
         self.slots = list(slots)
         self._cpus = min(1 << ((os.cpu_count() or 1) - 1).bit_length(), MOST_CPUS)
         maps = {"ring": common.ring_map, "holes": common.holes_map} | common.bans.maps

@@ -45,6 +45,11 @@ class ServiceCollector(Collector):
             value=float(bool(service.state.get("kernel"))),
         )
         yield GaugeMetricFamily(
+            "gatekeeper_kernel_other_programs",
+            "Other sk_lookup programs in our network namespace while the kernel refuses; they may let in what it refuses.",
+            value=float(service.state.get("kernel_others") or 0),
+        )
+        yield GaugeMetricFamily(
             "gatekeeper_bans",
             "Bans in force, made by operators; one may ban a whole network.",
             value=float(service.state.get("bans") or 0),
@@ -119,6 +124,13 @@ def _processes(service: Service, totals: Totals) -> Iterator[Metric]:
         "Workers that were replaced because they had ended or did not answer.",
         value=float(service.state.get("restarts_total") or 0),
     )
+    yield GaugeMetricFamily(
+        "gatekeeper_old_workers", "Workers of before an upgrade that still have sessions.", value=len(service.state.get("leaving") or ())
+    )
+    upgrades = CounterMetricFamily("gatekeeper_upgrades", "Upgrades that took place (done) and that did not (failed).", labels=["result"])
+    upgrades.add_metric(["done"], float(service.state.get("upgrades") or 0))
+    upgrades.add_metric(["failed"], float(service.state.get("upgrades_failed") or 0))
+    yield upgrades
     yield GaugeMetricFamily(
         "gatekeeper_loop_stall_seconds",
         "The longest turn of a worker's event loop since it was started, of all workers.",

@@ -75,7 +75,8 @@ HISTOGRAMS = (
     ),
 )
 
-KERNEL_REASONS = (str(Reason.RULE), str(Reason.DEFAULT))  # all others are about sessions, which only workers know
+KERNEL_REASONS = (str(Reason.RULE), str(Reason.DEFAULT), str(Reason.BAN))  # others are about sessions, which workers know
+BAN_RULE = "ban"  # a reserved word, so no rule has that name
 HOLE = math.nan
 
 Family = TypeVar("Family", bound=Metric)
@@ -115,7 +116,7 @@ class Layout:
         )
         refused = CounterMetricFamily(
             "gatekeeper_kernel_refused_attempts",
-            "Attempts (SYNs with their repetitions, UDP datagrams) that the kernel refused; rule is empty for the default.",
+            "Attempts (SYNs with their repetitions, UDP datagrams) that the kernel refused; rule is empty for the default, ban for bans.",
             labels=["listener", "action", "rule"],
         )
         passed = CounterMetricFamily(
@@ -131,7 +132,8 @@ class Layout:
         self._add(refused)
         for key, slot in known:
             if key.action != "allow":
-                self._sample(refused, [key.listener, key.action, key.rule], first + slot)
+                rule = BAN_RULE if key.reason == Reason.BAN else key.rule
+                self._sample(refused, [key.listener, key.action, rule], first + slot)
         self._add(passed)
         for key, slot in known:
             if key.action == "allow":

@@ -17,9 +17,10 @@ from typing import Any
 
 from gatekeeper.errors import SnapshotError
 from gatekeeper.snapshot.bindings import Bindings
-from gatekeeper.snapshot.counters import CAPACITY_BYTES, WORKER_SLOTS, ListenerSlot, WorkerSlot
+from gatekeeper.snapshot.counters import CAPACITY_BYTES, WORKER_SLOTS, End, ListenerSlot, WorkerSlot
 from gatekeeper.snapshot.reader import Snapshot
 
+ENDED_BY_US = (End.REVOKED, End.CUT, End.BANNED)
 STALE_S = 5.0  # a worker's loop turns at least once a second
 
 
@@ -120,6 +121,9 @@ class Service:
         stall_us = max((view[WorkerSlot.LOOP_STALL_MAX_US] for view in views), default=0)
         for slot in (WorkerSlot.EVENTS_LOST_REFUSAL, WorkerSlot.REFUSALS_SUPPRESSED):
             slots[slot] += refused[slot]
+        for block in self.bindings.listeners.values():
+            for end in ENDED_BY_US:  # guarded sessions, of which workers know nothing
+                slots[block + ListenerSlot.ENDS + end] += refused[block + ListenerSlot.ENDS + end]
         return Totals(slots, stall_us, refused)
 
     def heartbeat_age_s(self, worker: int) -> float | None:

@@ -138,7 +138,7 @@ class Worker:
     def keep_house(self, now: float) -> None:
         """Do what is due once a second."""
         loop, counters = self.loop, self.shared.counters
-        loop.wall_offset = time.time() - now
+        loop.wall_offset = time.time() - time.monotonic()  # not the beginning of this turn: turns take their time
         counters[WorkerSlot.LOOP_TURNS] = loop.turns
         counters[WorkerSlot.LOOP_STALL_MAX_US] = int(loop.longest_turn_s * 1e6)
         self.report.renew_budgets()

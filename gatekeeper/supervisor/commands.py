@@ -16,8 +16,6 @@ from gatekeeper.supervisor.control import BadRequest
 from gatekeeper.supervisor.sessions import FILTERS, MOST_COUNTED, Names, Wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
     from gatekeeper.supervisor.control import Control, Request
     from gatekeeper.supervisor.crew import Crew
     from gatekeeper.supervisor.enforcing import Enforcer
@@ -31,15 +29,10 @@ PATIENCE_S = 20.0  # with workers that go through their sessions
 
 
 class Operators:
-    """The requests status, policy, sessions, cut and tail.
-
-    ``elsewhere`` finds (or, when its second argument is true, ends) sessions that no worker has: those of guarded
-    listeners. It returns rows as `Names.translate` makes them, with ``path`` guard.
-    """
+    """The requests status, policy, sessions, cut and tail. Sessions of guarded listeners, which no worker has, are ``kernel``'s."""
 
     def __init__(self, control: Control, crew: Crew, standing: Standing, kernel: Enforcer | None, rules_path: str) -> None:
         """Let the control socket know what is answered here."""
-        self.elsewhere: Callable[[Wanted, bool], Iterable[dict[str, Any]]] = lambda _wanted, _cut: ()
         self._names = Names(0, None)
         self._tails = 0
         self._control = control
@@ -66,6 +59,7 @@ class Operators:
             "policy": policy.meta["digest"] if policy is not None else None,
             "generation": policy.generation if policy is not None else 0,
             "kernel": self._kernel is not None,
+            "kernel_others": self._kernel.others if self._kernel is not None else 0,
             "last_reload": {
                 "successful": state["last_reload_successful"],
                 "at": state["last_reload_timestamp"],
@@ -74,12 +68,16 @@ class Operators:
             "unconfirmed": state["unconfirmed"],
             "last_good": state["last_good"],
             "save_error": state["save_error"],
-            "workers": state["workers"],
+            "workers": [
+                shown | {"serving": worker.child is not None and worker.generation > 0}
+                for shown, worker in zip(state["workers"], crew.workers, strict=True)
+            ],
             "leaving": state["leaving"],
             "upgrades": {
                 "done": state["upgrades"], "failed": state["upgrades_failed"], "error": state["upgrade_error"],
                 "taking_over": state["taking_over"],
             },
+            "tails": self._tails,
             "clients_dropped": self._control.dropped,
         }
         if policy is not None:
@@ -119,37 +117,45 @@ class Operators:
         self._go_through(request, Wanted.from_args(request.args), MOST_CUT_ROWS, cut=True)
 
     def _go_through(self, request: Request, wanted: Wanted, most: int, *, cut: bool) -> None:
-        """Ask all workers for sessions, pass on what they say, and answer."""
+        """Ask all workers for sessions, then the kernel, pass on what they say, and answer."""
         policy = self._crew.policy
         if policy is None:
             request.fail("there are no sessions yet: the daemon is starting")
             return
         told = unreadable = 0
+        asked = time.time()  # one moment for all ages: rows come in many parts
+
+        def tell(rows: list[dict[str, Any]]) -> None:
+            nonlocal told
+            shown = rows[: most - told]
+            told += len(shown)
+            if shown:
+                request.rows(shown)
 
         def rows(_worker: Worker, rows: list[Any]) -> None:
-            nonlocal told, unreadable
-            names, now = self._names_in_force(), time.time()
-            found = [names.translate(row, now) for row in rows]
-            good = [row for row in found if row is not None][: most - told]
-            told += len(good)
+            nonlocal unreadable
+            names = self._names_in_force()
+            found = [names.translate(row, asked) for row in rows]
             unreadable += found.count(None)
-            if good:
-                request.rows(good)
+            tell([row for row in found if row is not None])
 
         def done(answers: dict[int, dict[str, Any]], missing: list[int]) -> None:
             key = "ended" if cut else "matched"
-            number = guarded + sum(_bounded(answer.get(key)) for answer in answers.values())
-            if cut and number:
-                self._control.note(request, f"cut {number} sessions")
-                self._crew.event("cut", ended=number, by=request.peer.uid)
-            request.done({key: number, "shown": told, "unreadable": unreadable, "missing_workers": missing, "now": time.time()})
+            relayed = sum(_bounded(answer.get(key)) for answer in answers.values())
+
+            def over(guarded: int) -> None:
+                number = relayed + guarded
+                if cut and number:
+                    self._control.note(request, f"cut {number} sessions")
+                    self._crew.event("cut", ended=number, by=request.peer.uid)
+                request.done({key: number, "shown": told, "unreadable": unreadable, "missing_workers": missing, "now": asked})
+
+            if self._kernel is not None and self._kernel.guards():
+                self._kernel.sessions.find(wanted, tell, over, cut=cut)
+            else:
+                over(0)
 
         order = {"op": "cut" if cut else "sessions", "filter": wanted.to_filter(policy.bindings), "most": most}
-        others = list(self.elsewhere(wanted, cut))
-        guarded = len(others)
-        if others[:most]:
-            told = len(others[:most])
-            request.rows(others[:most])
         try:
             self._crew.ask(order, rows=rows, done=done, patience_s=PATIENCE_S)
         except TooLong:
@@ -181,6 +187,7 @@ class Operators:
 
         request.when_gone = gone
         observer.tail(request.fds[0])
+        request.close_fds()  # so that the reader sees its end when the observer is gone
         request.progress("following")
 
     def _phase(self) -> str:

@@ -87,12 +87,16 @@ class Request:
                 self._client.answered()
             self._client.send(message, fds)
 
+    def close_fds(self) -> None:
+        """Close the descriptors that came along, before the answer."""
+        close_foreign(self.fds)
+        self.fds = []
+
     def close(self) -> None:
         """Note that nobody waits any more."""
         if not self.gone:
             self.gone = True
-            close_foreign(self.fds)
-            self.fds = []
+            self.close_fds()
             self.when_gone()
 
 

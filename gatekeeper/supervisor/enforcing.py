@@ -25,6 +25,7 @@ from gatekeeper.kernel.judge import Common, Former, Judge
 from gatekeeper.proxy.events import MAX_RECORDS, RECORD, REFUSAL, SUPPRESSED
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, End, WorkerSlot
 from gatekeeper.snapshot.reader import Snapshot
+from gatekeeper.supervisor.guarded import GuardedSessions
 from gatekeeper.supervisor.handover import Fd, Kernel
 
 if TYPE_CHECKING:
@@ -45,28 +46,33 @@ PINS = "/sys/fs/bpf/gatekeeper"
 class Enforcer:
     """Owns the link, the program in force, ``counters_fd``, and both ends of the events (``events_out`` for the observer)."""
 
-    def __init__(self, loop: Loop, left: Kernel | None = None) -> None:
-        """Make what lives as long as the service. Nothing is judged before `attach`.
+    def __init__(
+        self, loop: Loop, warn: Callable[[str], None] = lambda _text: None, left: Kernel | None = None
+    ) -> None:
+        """Make what lives as long as the service. Nothing is judged before `attach`, unless ``left`` goes on with it.
 
-        ``left``: what another program in our place has left; its program judges meanwhile.
+        ``left``: what `left_behind` of a predecessor in our place has returned; its descriptors are ours now.
 
         Raises:
             KernelError: what is missing, and how to mend it.
         """
-        self.others = 0  # programs that were there before us
+        self.others = 0  # programs in our namespace that are not ours
+        self.others_changed: Callable[[], None] = lambda: None
         self._loop = loop
+        self._warn = warn
+        self._succeeds = left is not None
         self._namespace = self._link = -1
         self._judge: Judge | None = None
         self._policy: Accepted | None = None
         self._leaving: list[tuple[Judge | Former, Accepted]] = []  # swapped out, not counted to the end yet
         self._kept: list[tuple[Judge, Accepted]] = []  # swapped out, and may come back
-        self._flow = int(time.time()) << 21  # workers' flow ids begin twice as high
+        # Workers' flow ids begin twice as high.
+        self._flow = int(time.time()) << 21 if left is None else left.flow
         try:
             self._namespace = os.open(NAMESPACE, os.O_RDONLY)
             self._pin = pin_path(self._namespace)
-            self._link = self._left_behind() if left is None else int(left.link)
-            ours = {bpf.program_of(self._link)} if self._link >= 0 else set()
-            self.others = len(set(bpf.attached(self._namespace)) - ours)
+            self._link = self._left_behind() if left is None else left.link
+            self.others = self._count_others()
             self._common = Common()
         except OSError as err:
             for fd in (self._namespace, self._link):
@@ -76,55 +82,51 @@ class Enforcer:
         self.counters_fd = memfd.create("gatekeeper-kernel", CAPACITY_BYTES)
         self._memory = mmap.mmap(self.counters_fd, CAPACITY_BYTES)
         memfd.seal_against_new_writers(self.counters_fd)
+        if left is not None:
+            _go_on_counting(self._memory, left.counters)
+            os.close(left.counters)
         self._counters = memoryview(self._memory).cast("Q")
         self.events_out, self._events_in = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._events_in.setblocking(False)
+        self.sessions = GuardedSessions(loop, self._common.bans, self._counters, self._tell, warn)
 
     @classmethod
-    def begin(cls, loop: Loop, policy: Accepted, *, alone: bool, warn: Callable[[str], None]) -> Enforcer:
-        """Return an enforcer that has a policy in force. ``alone``: nobody else's program may have a say.
+    def begin(
+        cls, loop: Loop, policy: Accepted, *, alone: bool, warn: Callable[[str], None],
+        left: Kernel | None = None, banned: Iterable[tuple[int, int, int]] = (),
+    ) -> Enforcer:  # fmt: skip
+        """Return an enforcer that has a policy in force, and bans above it. ``alone``: nobody else's program may have a say.
+
+        ``left``: what a predecessor in our place left behind; its program is in force until ours is, and then others
+        have no say in whether we go on.
 
         Raises:
             KernelError: what is missing, and how to mend it; nothing is left behind.
         """
-        enforcer = cls(loop)
+        enforcer = cls(loop, warn, left)
         try:
             judge = enforcer.load(policy, alone=alone)
             if enforcer.others:
                 warn(_OTHERS)
+            enforcer.ban(banned)
             enforcer.attach(judge, policy)
+            if left is not None:
+                enforcer._see_off_former(left, policy)
         except KernelError:
             enforcer.close()
             raise
         return enforcer
 
-    @classmethod
-    def take_over(
-        cls, loop: Loop, policy: Accepted, left: Kernel, banned: Iterable[tuple[int, int, int]], warn: Callable[[str], None]
-    ) -> Enforcer:
-        """Return an enforcer that has replaced the program of before an upgrade by its own, between two packets.
-
-        Raises:
-            KernelError: it could not be.
-        """
+    def _see_off_former(self, left: Kernel, policy: Accepted) -> None:
+        """Count and hear the program of a predecessor in our place to the end."""
         try:
-            counts = Counts(int(left.counts), len(policy.bindings.details), left.cpus, zlib.decompress(base64.b64decode(left.counted)))
-            former = Former(policy.bindings.details, counts, int(left.ring), list(map(int, left.holes)))
+            counted = zlib.decompress(base64.b64decode(left.counted))
+            counts = Counts(left.counts, len(policy.bindings.details), left.cpus, counted)
+            former = Former(policy.bindings.details, counts, left.ring, left.holes)
         except (OSError, ValueError, zlib.error) as err:
-            raise KernelError(f"the kernel's counts of before the upgrade cannot be read: {err}") from err
-        enforcer = cls(loop, left)
-        counted = os.pread(left.counters, policy.bindings.next_slot * 8, 0)
-        enforcer._memory[: len(counted)] = counted
-        os.close(left.counters)
-        enforcer._flow = left.flow
-        enforcer.ban(banned)
-        judge = enforcer.load(policy)
-        if enforcer.others:
-            warn(_OTHERS)
-        enforcer.attach(judge, policy)
-        enforcer._leaving.append((former, policy))
-        loop.later(LINGER_S, enforcer._see_off)
-        return enforcer
+            raise KernelError(f"what the program of before the upgrade has counted cannot be read: {err}") from err
+        self._leaving.append((former, policy))
+        self._loop.later(LINGER_S, self._see_off)
 
     def load(self, policy: Accepted, *, alone: bool = False) -> Judge:
         """Return the program for a policy, loaded but not in force. The caller puts it in force or discards it.
@@ -134,7 +136,8 @@ class Enforcer:
         Raises:
             KernelError: the kernel does not take it, or it guards and cannot be relied on.
         """
-        if self.others and (alone or how_guarded(policy)):
+        # One that has come while we guarded was told of; now the next policy is better than the one before it for ever.
+        if self.others and not self._succeeds and not self.guards() and (alone or how_guarded(policy)):
             raise KernelError(_OTHERS)
         try:
             # Not closed by hand: the mapping goes with the last view of it.
@@ -169,6 +172,7 @@ class Enforcer:
             judge.close()
             raise
         self._judge, self._policy = judge, policy
+        self.sessions.follow(judge.snapshot, policy)
         self._settle()
         self._loop.watch(self._common.ring.fileno(), self._hear)
         self._loop.later(COUNT_EVERY_S, self._tick)
@@ -191,6 +195,7 @@ class Enforcer:
         self._kept = [(kept, its) for kept, its in self._kept if kept is not judge]
         self._kept.append((before, self._policy))
         self._judge, self._policy = judge, policy
+        self.sessions.follow(judge.snapshot, policy)
         if not keep:
             self.let_go(before)
         return before
@@ -232,6 +237,14 @@ class Enforcer:
             self._common.bans.hold(ranges)
         except OSError as err:
             raise KernelError(f"the kernel does not take the bans: {err.strerror}") from err
+        self.sessions.end_banned()
+
+    def rejudge(self, done: Callable[[int, int], None]) -> None:
+        """End the live sessions of guarded listeners that the policy in force or a ban refuses.
+
+        ``done`` is told how many were judged and how many ended.
+        """
+        self.sessions.judge_again(done)
 
     def guards(self) -> bool:
         """Whether somebody else's listeners are under our policy."""
@@ -249,6 +262,7 @@ class Enforcer:
 
     def close(self) -> None:
         """Leave nothing behind."""
+        self.sessions.close()
         self.detach()
         for judge, _policy in [*self._leaving, *self._kept, *([(self._judge, None)] if self._judge is not None else [])]:
             judge.close()
@@ -303,9 +317,25 @@ class Enforcer:
 
     # -- what it did
 
+    def _count_others(self) -> int:
+        ours = {bpf.program_of(self._link)} if self._link >= 0 else set()
+        return len(set(bpf.attached(self._namespace)) - ours)
+
+    def _look_for_others(self) -> None:
+        """Say so when somebody else's program comes or goes: that is not ours to prevent, and may undo what we refuse."""
+        try:
+            others = self._count_others()
+        except OSError:
+            return
+        if others != self.others:
+            grown, self.others = others > self.others, others
+            self._warn(_OTHERS if grown else f"{others or 'no'} other sk_lookup programs judge in this network namespace now")
+            self.others_changed()
+
     def _tick(self) -> None:
         if self._link >= 0:
             self._count_all()
+            self._look_for_others()
             self._loop.later(COUNT_EVERY_S, self._tick)
 
     def _see_off(self) -> None:
@@ -362,6 +392,14 @@ class Enforcer:
                 self._events_in.send(b"".join(batch))
             except OSError:  # the observer does not read, or it is being replaced
                 self._counters[WorkerSlot.EVENTS_LOST_REFUSAL] += len(batch)
+
+
+def _go_on_counting(memory: mmap.mmap, before: int) -> None:
+    """Start from what a predecessor has counted, without touching pages where nothing was."""
+    for at in range(0, CAPACITY_BYTES, mmap.PAGESIZE):
+        page = os.pread(before, mmap.PAGESIZE, at)
+        if any(page):
+            memory[at : at + len(page)] = page
 
 
 def pin_path(namespace: int) -> str:

@@ -127,6 +127,7 @@ class Past:
     started: float
     reloaded: float
     reload_error: str | None
+    reload_wanted: bool  # it was asked for and has not begun
     restarts: int
     upgrades: int  # that worked, this one included
     upgrades_failed: int

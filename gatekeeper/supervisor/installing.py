@@ -117,7 +117,7 @@ class Installer:
         left out, rather than leaving everything as it is.
         """
         assert self._spare is not None
-        (old, judge), trial = self._spare, self.policy
+        (old, _judge), trial = self._spare, self.policy
         try:
             again = self._again(old)
         except OSError as err:
@@ -132,7 +132,8 @@ class Installer:
                 done(failure)
                 return
             try:
-                self._swap(judge, again)
+                # Asked only now: a service that stops has put the kernel's part back itself.
+                self._swap(self._spare[1] if self._spare is not None else None, again)
             except KernelError as err:
                 failures.append(f"workers have it, the kernel still has the policy on trial: {err}")
             self._leave(trial, again)
@@ -177,7 +178,14 @@ class Installer:
             judged, ended = (sum(_count(answer.get(key)) for answer in answers.values()) for key in ("judged", "ended"))
             # The sessions of a worker that has ended have ended, too.
             silent = {index for index in missing if self._crew.workers[index].child is asked[index]}
-            done(Judged(judged, ended, tuple(sorted(behind | silent))))
+
+            def over(guarded: int, cut: int) -> None:
+                done(Judged(judged + guarded, ended + cut, tuple(sorted(behind | silent))))
+
+            if self._enforcer is not None and self._enforcer.guards():
+                self._enforcer.rejudge(over)
+            else:
+                over(0, 0)
 
         order = {"op": "rejudge", "generation": generation}
         self._crew.ask(order, rows=lambda _worker, _rows: None, done=answered, patience_s=REJUDGE_PATIENCE_S)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gatekeeper.supervisor.asks import Ask, Outcome
 from gatekeeper.supervisor.control import BadRequest
-from gatekeeper.supervisor.reloading import Ask, Outcome
 
 if TYPE_CHECKING:
     from gatekeeper.supervisor.control import Request

@@ -9,16 +9,15 @@ One at a time. What is asked for meanwhile comes afterwards, all of it in one re
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper.errors import KernelError
 from gatekeeper.supervisor import places
 from gatekeeper.supervisor.accepted import digest_of
+from gatekeeper.supervisor.asks import Ask, Outcome, Trial, clock, fates, named
 from gatekeeper.supervisor.compiling import Known
 from gatekeeper.supervisor.installing import listening
 
@@ -37,45 +36,6 @@ if TYPE_CHECKING:
 
 NEEDS_RESTART = ("workers", "metrics", "audit", "control", "state", "kernel")
 PUT_BACK_AGAIN_S = 5.0  # after the policy before a trial could not be put back
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How what was asked for ended. ``failure``: why not, in one line; ``text``: what the compiler printed, for people.
-
-    ``refused``: the policy itself is to blame. ``result`` is what the control socket answers.
-    """
-
-    failure: str | None = None
-    text: str = ""
-    refused: bool = False
-    result: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A reload that somebody wants; ``cause`` is a word of the audit log: signal, command or watch.
-
-    ``confirm_s``: on trial for so long. ``unless``: nothing is to happen when the file still holds the policy of this
-    digest.
-    """
-
-    cause: str
-    by: int | None = None
-    confirm_s: float | None = None
-    unless: str | None = None
-    progress: Callable[[str], None] = lambda _text: None
-    answer: Callable[[Outcome], None] = lambda _outcome: None
-
-
-@dataclass(slots=True)
-class Trial:
-    """A policy in force that nobody has confirmed yet. ``until`` is Unix time."""
-
-    digest: str
-    before: str
-    until: float
-    timer: Timer
 
 
 class Reloader:
@@ -98,7 +58,19 @@ class Reloader:
         self._waiting: deque[Ask] = deque()
         self._asks: list[Ask] = []  # what the reload under way answers
         self._active = False
+        self._held = False
         self._put_back_again: Timer | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a reload is to begin as soon as it can."""
+        return bool(self._waiting)
+
+    def hold(self, *, on: bool) -> None:
+        """Begin nothing while an upgrade is about to take place; a signal is remembered meanwhile, a command refused."""
+        self._held = on
+        if not on:
+            self.go_on()
 
     @property
     def busy(self) -> bool:
@@ -111,8 +83,14 @@ class Reloader:
         While a policy is on trial nothing is reloaded: a command is refused, a signal remembered.
         """
         trial = self.trial
+        if self._standing.stopping:
+            ask.answer(Outcome("the service stops"))
+            return
+        if self._held and ask.cause == "command":
+            ask.answer(Outcome("an upgrade is about to take place: try again in a moment"))
+            return
         if trial is not None:
-            why = f"the policy {trial.digest[:12]} waits to be confirmed until {_clock(trial.until)}"
+            why = f"the policy {trial.digest[:12]} waits to be confirmed until {clock(trial.until)}"
             if ask.cause == "command":
                 ask.answer(Outcome(f"{why}: `gatekeeper confirm` or `gatekeeper rollback` comes first"))
                 return
@@ -129,7 +107,7 @@ class Reloader:
     def go_on(self) -> None:
         """Begin what was asked for, if it can begin."""
         standing = self._standing
-        if self._waiting and self.trial is None and standing.serving and not standing.stopping and not self._active:
+        if self._waiting and not self._held and self.trial is None and standing.serving and not standing.stopping and not self._active:
             self._begin()
 
     def stop(self) -> None:
@@ -144,7 +122,6 @@ class Reloader:
                 self._log.error(f"the policy that nobody has confirmed stays in force in the kernel: {err}")
         for ask in [*self._asks, *self._waiting]:
             ask.answer(Outcome("the service stops"))
-        self._asks.clear()
         self._waiting.clear()
 
     # -- the steps of a reload
@@ -219,8 +196,8 @@ class Reloader:
         return {
             "changed": policy.meta["digest"] != before.meta["digest"],
             "policy": policy.meta["digest"], "before": before.meta["digest"], "judged": 0, "ended": 0,
-            "listeners_opened": _named(listening(policy) - endpoints),
-            "listeners_closed": _named(endpoints - listening(policy)),
+            "listeners_opened": named(listening(policy) - endpoints),
+            "listeners_closed": named(endpoints - listening(policy)),
             "confirm_within_s": self._asks[0].confirm_s,
         }  # fmt: skip
 
@@ -232,10 +209,10 @@ class Reloader:
         policy, failure = self._installer.policy, outcome.failure
         self._standing.note_reload(failure, detail)
         if failure is None:
-            self._log.info(f"reloaded: {self._standing.summary(self._crew)}{_fates(outcome.result)}")
+            self._log.info(f"reloaded: {self._standing.summary(self._crew)}{fates(outcome.result)}")
             self._warn_of_settings(policy.meta["settings"])
             if self.trial is not None:
-                self._log.warning(f"goes back to {self.trial.before[:12]} at {_clock(self.trial.until)}, unless confirmed")
+                self._log.warning(f"goes back to {self.trial.before[:12]} at {clock(self.trial.until)}, unless confirmed")
         else:
             self._log.error(f"{failure}\nreload failed: the policy {policy.name} stays in force")
         ask = self._asks[0]
@@ -282,7 +259,7 @@ class Reloader:
 
         def done(result: dict[str, Any]) -> None:
             policy = self._installer.policy
-            self._log.info(f"confirmed: the policy {policy.name}{_fates(result)}")
+            self._log.info(f"confirmed: the policy {policy.name}{fates(result)}")
             self._crew.event(
                 "confirm", policy=policy.meta["digest"], before=trial.before,
                 judged=result["judged"], ended=result["ended"], by=by,
@@ -336,16 +313,3 @@ class Reloader:
         for name in NEEDS_RESTART:
             if settings.get(name) != self.settings.get(name):
                 self._log.warning(f"`{name}` has changed in the file; that takes a restart")
-
-
-def _named(found: set[tuple[str, str, str]]) -> list[dict[str, str]]:
-    return [{"listener": name, "protocol": protocol, "address": address} for name, protocol, address in sorted(found)]
-
-
-def _fates(result: dict[str, Any]) -> str:
-    ended = result.get("ended", 0)
-    return f"; {ended} {'session' if ended == 1 else 'sessions'} ended that it refuses" if ended else ""
-
-
-def _clock(at: float) -> str:
-    return dt.datetime.fromtimestamp(at, dt.UTC).astimezone().strftime("%H:%M:%S")

@@ -49,10 +49,10 @@ class Standing:
             last_good=past.last_good, save_failures=past.save_failures, save_error=past.save_error,
         )  # fmt: skip
 
-    def past(self, crew: Crew) -> Past:
+    def past(self, crew: Crew, *, reload_wanted: bool) -> Past:
         """Return what the next program in our place needs for `after`; it is one upgrade further."""
         return Past(
-            self.started, self.reloaded, self.reload_error, self._restarts(crew.workers),
+            self.started, self.reloaded, self.reload_error, reload_wanted, self._restarts(crew.workers),
             self.upgrades + 1, self.upgrades_failed, crew.leaving.cut, self.last_good, self.save_failures, self.save_error,
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ from gatekeeper.supervisor.handover import ControlSocket, Fd, HandoverError, Ope
 from gatekeeper.supervisor.listening import Opened, Opener
 
 if TYPE_CHECKING:
+    from gatekeeper.kernel.notify import Notifier
     from gatekeeper.supervisor.bans import Bans
     from gatekeeper.supervisor.control import Control
     from gatekeeper.supervisor.crew import Crew
@@ -67,6 +68,7 @@ class Estate:
     bans: Bans
     enforcer: Enforcer | None
     control: Control
+    notifier: Notifier
     lock: int | None
 
     def capture(self, drain_timeout_s: float) -> State:
@@ -101,14 +103,16 @@ class Estate:
             bygone=tuple(bygone),
             workers=(*(worker for worker in workers if worker is not None), *crew.leaving.left_behind()),
             observer=observer.left_behind(),
-            past=self.standing.past(crew),
+            past=self.standing.past(crew, reload_wanted=self.reloader.wanted),
             drain_timeout_s=drain_timeout_s,
         )
 
     def restless(self) -> str | None:
         """Return what must come to an end before another program may take our place, ``None`` when nothing must."""
-        if self.reloader.busy or self.reloader.trial is not None:
+        if self.reloader.busy:
             return "a reload is under way"
+        if self.reloader.trial is not None:
+            return "a policy waits to be confirmed"
         if self.enforcer is not None and self.enforcer.restless():
             return "the kernel still counts for a policy that was replaced"
         return self.crew.restless()

@@ -23,6 +23,7 @@ from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import SlotsExhausted
 from gatekeeper.supervisor import handover, listening, places, rehearsing, upgrading
 from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
+from gatekeeper.supervisor.asks import Ask
 from gatekeeper.supervisor.banlist import BanFileError, BanList
 from gatekeeper.supervisor.bans import Bans
 from gatekeeper.supervisor.commands import Operators
@@ -36,7 +37,7 @@ from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.lastgood import Disk
 from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.reload_requests import ReloadRequests
-from gatekeeper.supervisor.reloading import Ask, Reloader
+from gatekeeper.supervisor.reloading import Reloader
 from gatekeeper.supervisor.standing import Standing
 from gatekeeper.supervisor.starting import NothingToStartWith, choose
 from gatekeeper.supervisor.succession import Estate, Ground
@@ -176,9 +177,14 @@ class Supervisor:
             self._policy, self._lock = ground.policy, left.lock
             if left.kernel is not None:
                 banned = BanList.parse(left.bans).sources()
-                self._enforcer = Enforcer.take_over(self._loop, ground.policy, left.kernel, banned, self._log.warning)
+                self._enforcer = Enforcer.begin(
+                    self._loop, ground.policy, alone=left.settings["kernel"] == "require", warn=self._log.warning,
+                    left=left.kernel, banned=banned,
+                )  # fmt: skip
             self._standing = Standing.after(left.past)
-            if self._watcher is not None:
+            if left.past.reload_wanted:
+                self._early = Ask("signal")
+            elif self._watcher is not None:
                 self._early = Ask("watch")  # what has changed meanwhile, and which files to watch
             self._serve(ground, left)
         except (GatekeeperError, BanFileError, OSError) as err:
@@ -190,10 +196,16 @@ class Supervisor:
         identity = privileges.who_to_become()
         crew = Crew(
             self._loop, self._log, self._options.commands, identity, ground.opener.shards, self._options.stuck_after_s,
-            lambda: self._standing.state(self._crew) | {"kernel": self._enforcer is not None, "bans": len(self._bans or ())},
+            lambda: self._standing.state(self._crew) | {
+                "kernel": self._enforcer is not None,
+                "kernel_others": self._enforcer.others if self._enforcer is not None else 0,
+                "bans": len(self._bans or ()),
+            },
         )  # fmt: skip
         crew.serving, crew.gave_up, crew.gone = self._all_serve, self._cannot_start, self._all_gone
         self._crew = crew
+        if self._enforcer is not None:
+            self._enforcer.others_changed = crew.tell_state
         self._installer = Installer(self._loop, policy, ground.opener, crew, self._enforcer)
         effect = Effect(self._log, self._installer, crew, self._standing, self._disk, ground.directory)
         self._reloader = Reloader(
@@ -208,7 +220,7 @@ class Supervisor:
         self._control.handlers |= ReloadRequests(self._reloader).handlers
         Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
         estate = Estate(
-            ground, crew, self._reloader, self._standing, self._bans, self._enforcer, self._control, self._lock
+            ground, crew, self._reloader, self._standing, self._bans, self._enforcer, self._control, self._notifier, self._lock
         )
         self._upgrader = Upgrader(self._loop, self._log, self._options.program, estate, self._options.drain_timeout_s, left)
         self._control.handlers["upgrade"] = self._upgrader.asked

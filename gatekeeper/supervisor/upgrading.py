@@ -227,6 +227,7 @@ class Upgrader:
             return
         if self._request is not None:
             self._request.progress(f"gatekeeper {version} can take over")
+        self._estate.reloader.hold(on=True)
         self._wait_for_rest(version, drain_s, REST_PATIENCE_S)
 
     def _wait_for_rest(self, version: str, drain_s: float, patience_s: float) -> None:
@@ -251,13 +252,16 @@ class Upgrader:
                     "before": __version__, "version": version,
                     "upgrades": standing.upgrades, "upgrades_failed": standing.upgrades_failed,
                 })  # fmt: skip
+            self._estate.notifier.reloading()
             execute(self._program, state)
         except OSError as err:
+            self._estate.notifier.ready(standing.summary(self._estate.crew))
             self._fail(f"the new code cannot be executed: {err}")
 
     def _fail(self, why: str) -> None:
         """Tell everybody that nothing has changed, and why."""
         standing, request = self._estate.standing, self._request
+        self._estate.reloader.hold(on=False)
         self._log.error(f"{why}\nupgrade failed: nothing has changed")
         standing.upgrades_failed += 1
         standing.upgrade_error = why[:LONGEST_ERROR]

@@ -32,7 +32,8 @@ def steps(session: str) -> list[Step]:
 
 
 def matches(shown: str, printed: str) -> bool:
-    """Say whether output is as shown; "..." stands for anything."""
+    """Say whether output is as shown; "..." stands for anything, and any blanks for any others: columns are as wide as need be."""
+    shown, printed = (re.sub(r"[ \t]+", " ", text).replace(" \n", "\n") for text in (shown, printed))
     pattern = ".*?".join(map(re.escape, shown.split("...")))
     return re.fullmatch(pattern, printed, re.DOTALL) is not None
 

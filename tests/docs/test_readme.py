@@ -14,7 +14,10 @@ from tests.docs.sessions import blocks, run, steps
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/metrics.md", "docs/audit.md", "docs/kernel.md")
+DOCUMENTS = (
+    "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md",
+    "docs/metrics.md", "docs/audit.md", "docs/kernel.md", "docs/plan.md", "docs/reload.md", "docs/runbook.md",
+)  # fmt: skip
 SESSION_S = 45
 
 
