@@ -26,10 +26,11 @@ from gatekeeper.observer.say import say, take_over_logging
 from gatekeeper.observer.sink import Sink
 from gatekeeper.observer.state import Service
 from gatekeeper.observer.tails import Outlets
-from gatekeeper.observer.web import make_app, make_server, serve
+from gatekeeper.observer.web import finish_requests, make_app, make_server, serve
 
 # What libraries would import when they first need it: by then we may be a user who cannot read their files.
 NEEDED_LATER = ("concurrent.futures.thread", "encodings.ascii", "encodings.idna", "encodings.latin_1", "uvicorn.lifespan.off")
+LAST_REQUESTS_S = 1.0
 PATIENCE_S = 3.0  # with an audit log that does not take the last lines; the supervisor kills after 5
 
 
@@ -84,6 +85,8 @@ async def _run(channel: Channel, start: dict[str, Any], fds: list[int]) -> None:
     try:
         await _serve_until_ended(service, control, listening, lost)
     finally:
+        for events in sources:
+            events.unwatch(loop)  # the loop may turn after this, and nobody writes what would be read then
         _finish(sources, sink)
 
 
@@ -95,12 +98,14 @@ async def _serve_until_ended(
         await asyncio.wait_for(control.told.wait(), 5.0)
     if listening is not None:
         app = make_app(service, lost)
-        server = asyncio.get_running_loop().create_task(serve(make_server(app), listening))
-        server.add_done_callback(lambda _task: control.ended.set())
+        server = make_server(app)
+        serving = asyncio.get_running_loop().create_task(serve(server, listening))
+        serving.add_done_callback(lambda _task: control.ended.set())
         await control.ended.wait()
-        if server.done() and not server.cancelled() and server.exception() is not None:
-            raise RuntimeError("the HTTP server ended") from server.exception()
-        server.cancel()
+        if serving.done() and not serving.cancelled() and serving.exception() is not None:
+            raise RuntimeError("the HTTP server ended") from serving.exception()
+        await finish_requests(server, LAST_REQUESTS_S)
+        serving.cancel()
     await control.ended.wait()
 
 

@@ -44,6 +44,11 @@ class Events:
         sock.setblocking(False)
         loop.add_reader(sock.fileno(), self._ready, loop, sock)
 
+    def unwatch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Leave what arrives from now on to `read_all`, or to a successor who reads there, too."""
+        for sock in self._sockets:
+            loop.remove_reader(sock.fileno())
+
     def read_all(self) -> None:
         """Read what has arrived so far; bounded, because a worker may go on writing."""
         if self._rendering:
@@ -57,6 +62,8 @@ class Events:
         for _ in range(MESSAGES_A_TURN):
             if not self._read(sock):
                 if _hung_up(sock):
+                    while self._read(sock):  # its last words may have come after we looked for some
+                        pass
                     loop.remove_reader(sock.fileno())
                     self._sockets.remove(sock)
                     sock.close()

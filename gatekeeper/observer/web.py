@@ -130,6 +130,14 @@ async def serve(server: Server, listening: socket.socket) -> None:
         listening.close()
 
 
+async def finish_requests(server: Server, patience_s: float) -> None:
+    """Take no more connections, and let requests that are being answered be answered, for a moment."""
+    for serving in getattr(server, "servers", ()):
+        serving.close()
+    if server.server_state.tasks:
+        await asyncio.wait(set(server.server_state.tasks), timeout=patience_s)
+
+
 def make_app(service: Service, lost: Callable[[], Sequence[tuple[str, int]]]) -> Starlette:
     """Return the application: /metrics, /healthz, /readyz, / and /status.json, all read-only."""
     # What grows with the policy is made in a thread, so that the audit log need not wait for it; and one at a time.

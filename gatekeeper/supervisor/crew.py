@@ -113,7 +113,7 @@ class Crew:
         if left is not None:
             self.leaving.adopt(left, policy.bindings, self._heard_old)
             if left.observer is not None:
-                self.observer.succeed(left.observer)
+                self.observer.succeed(left.observer, self._log.warning)
         self._start_observer()
         for worker in self.workers:
             worker.start(len(self.workers), policy.bindings, self._heard)

@@ -54,6 +54,7 @@ class Observer:
         self._kernel = kernel
         self._unheard: list[dict[str, Any]] = []
         self._backoff = Backoff()
+        self._warn: Callable[[str], None] = lambda _text: None
         self.is_ready: Callable[[], None] = lambda: None
         self.predecessor: Child | None = None  # of before an upgrade: it reads what is reported until this one does
 
@@ -74,8 +75,9 @@ class Observer:
             return None
         return OldObserver(child.pid, Fd(child.channel_fd), child.started)
 
-    def succeed(self, old: OldObserver) -> None:
+    def succeed(self, old: OldObserver, warn: Callable[[str], None]) -> None:
         """Take over the observer of before an upgrade, until there is another; it is not waited for for long."""
+        self._warn = warn
         self.predecessor = Child.adopt(self._loop, old.pid, old.channel, old.started, lambda _message: None)
         self._loop.later(PREDECESSOR_PATIENCE_S, self._dismiss)
 
@@ -93,6 +95,7 @@ class Observer:
 
     def _insist(self) -> None:
         if self.predecessor is not None:
+            self._warn(f"the observer of before the upgrade (pid {self.predecessor.pid}) does not leave; killing it")
             self.predecessor.kill()
 
     def _heard(self, message: dict[str, Any]) -> None:
