@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ SESSION_S = 100
 
 @pytest.mark.timeout(120)
 @pytest.mark.needs("unshare", "ip", "bash")
-def test_the_session_to_paste(folder: sessions.Path) -> None:
+def test_the_session_to_paste(folder: Path) -> None:
     """Pasted into a shell, the session of the page prints what the page shows, command by command."""
     wanted = [step for session in sessions.blocks("console", PAGE) for step in sessions.steps(session)]
     assert len(wanted) > 15
