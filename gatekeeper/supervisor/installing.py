@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.listening import Opened, Opener
     from gatekeeper.supervisor.loop import Loop
+    from gatekeeper.supervisor.worker import Worker
 
 REJUDGE_PATIENCE_S = 60.0
 BEHIND_S = 0.05  # until workers that came up during the change are looked at again
@@ -172,12 +173,13 @@ class Installer:
             # They came up during the change, with the policy before, and are on their way to this one.
             self._loop.later(BEHIND_S, lambda: self.judge_again(done, patience_s - BEHIND_S))
             return
-        asked = {worker.index: worker.child for worker in self._crew.workers}
+        asked = {worker.index: worker.child for worker in self._everybody()}
 
         def answered(answers: dict[int, dict[str, Any]], missing: list[int]) -> None:
             judged, ended = (sum(_count(answer.get(key)) for answer in answers.values()) for key in ("judged", "ended"))
             # The sessions of a worker that has ended have ended, too.
-            silent = {index for index in missing if self._crew.workers[index].child is asked[index]}
+            now = {worker.index: worker.child for worker in self._everybody()}
+            silent = {index for index in missing if index in now and now[index] is asked.get(index)}
 
             def over(guarded: int, cut: int) -> None:
                 done(Judged(judged + guarded, ended + cut, tuple(sorted(behind | silent))))
@@ -291,6 +293,10 @@ class Installer:
             except ListenError as err:
                 failures.append(str(err))
         return have, failures
+
+    def _everybody(self) -> list[Worker]:
+        """Return the workers that have sessions, those included that only serve theirs to the end."""
+        return [*self._crew.workers, *self._crew.leaving.workers]
 
     def _leave(self, left: Accepted, kept: Accepted) -> None:
         """Close the sockets of a policy that another has no use for."""
