@@ -121,9 +121,10 @@ class Stage:
             self.loop.stop(0)
 
         self.loop._result = None
+        limit = self.loop.later(30, lambda: self.loop.stop(1))
         begin(done)
-        self.loop.later(5, lambda: self.loop.stop(1))
         assert said or self.loop.run() == 0
+        limit.cancel()
         (failure,) = said
         return failure
 
