@@ -361,6 +361,10 @@ def test_a_hundred_thousand_bans(run_gate: RunGate, folder: Path) -> None:
         assert answers("127.0.8.9", port)
         gate.wait_for_value(100_001, "gatekeeper_bans")
         assert len(banned(gate)) == 100_001
+        shown = done(gate, "bans")
+        assert (len(shown.out.splitlines()), shown.err) == (101, "the latest 100 of 100001 bans; --limit 0 shows all\n")
+        assert shown.out.splitlines()[-1].startswith("127.0.7.0/24")
+        assert len(done(gate, "bans", "--limit", "0").out.splitlines()) == 100_002
         assert at(gate, "bans", "10.0.0.4").code == 0
         assert at(gate, "bans", "10.0.0.5").code == 1
         gate.signal(signal.SIGKILL)
