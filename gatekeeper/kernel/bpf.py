@@ -22,6 +22,8 @@ _PROG_LOAD = 5
 _OBJ_PIN = 6
 _OBJ_GET = 7
 _PROG_TEST_RUN = 10
+_PROG_GET_FD_BY_ID = 13
+_MAP_GET_FD_BY_ID = 14
 _OBJ_GET_INFO_BY_FD = 15
 _PROG_QUERY = 16
 _MAP_FREEZE = 22
@@ -49,6 +51,7 @@ _LOG_BYTES = 1 << 20
 _LOG_SHOWN_BYTES = 4000  # its end says what is wrong
 _PROGRAM_INFO_BYTES = 208
 _LINK_INFO_BYTES = 32  # type, id, program id, then what depends on the type
+_MAP_IDS_AT = 52  # in struct bpf_prog_info: their number, then where to write them
 _RUN_TIME_AT = 192  # in struct bpf_prog_info: run_time_ns, then run_cnt
 _CONTEXT_BYTES = 72  # struct bpf_sk_lookup
 
@@ -228,6 +231,45 @@ def namespace_of(link: int) -> int:
 def program_id(program: int) -> int:
     """Return the id of a program."""
     return int(struct.unpack_from("=II", _info(program, _PROGRAM_INFO_BYTES))[1])
+
+
+def maps_of(program_id: int) -> list[int]:
+    """Return the ids of the maps that a program uses. It takes CAP_SYS_ADMIN, which only people who look have.
+
+    Raises:
+        OSError: ENOENT when there is no such program.
+    """
+    fd = _by_id(_PROG_GET_FD_BY_ID, program_id)
+    try:
+        ids = (ctypes.c_uint32 * 64)()
+        info = ctypes.create_string_buffer(_PROGRAM_INFO_BYTES)
+        struct.pack_into("=IQ", info, _MAP_IDS_AT, len(ids), ctypes.addressof(ids))
+        _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), ctypes.addressof(info)), "BPF_OBJ_GET_INFO_BY_FD")
+        return list(ids[: struct.unpack_from("=I", info, _MAP_IDS_AT)[0]])
+    finally:
+        os.close(fd)
+
+
+def program_exists(number: int) -> bool:
+    """Say whether the kernel has a program with this id. It takes CAP_SYS_ADMIN."""
+    return _exists(_PROG_GET_FD_BY_ID, number)
+
+
+def map_exists(number: int) -> bool:
+    """Say whether the kernel has a map with this id. It takes CAP_SYS_ADMIN."""
+    return _exists(_MAP_GET_FD_BY_ID, number)
+
+
+def _exists(command: int, number: int) -> bool:
+    try:
+        os.close(_by_id(command, number))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _by_id(command: int, number: int) -> int:
+    return _bpf(command, struct.pack("=III", number, 0, 0), "look for an id")
 
 
 def run_time(program: int) -> tuple[int, int]:

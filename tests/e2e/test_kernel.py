@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -240,7 +241,9 @@ def test_nothing_is_left_when_the_supervisor_is_killed(space: Namespace, gate_in
 kernel: require
 listeners: [{{name: web, listen: "10.0.0.1:{port}", backend: 127.0.0.1:9}}]
 {RULES}""")
-    assert len(programs(space)) == 1
+    (program,) = programs(space)
+    maps = bpf.maps_of(program)
+    assert len(maps) > 10
     assert capabilities(gate.pid) >> CAP_BPF & 1
     offspring = [*gate.worker_pids(), gate.observer_pid()]
     until(lambda: not any(map(capabilities, offspring)), "nobody else has any right, once started")
@@ -249,7 +252,8 @@ listeners: [{{name: web, listen: "10.0.0.1:{port}", backend: 127.0.0.1:9}}]
         assert not [link for link in links if "bpf" in link]
     gate.signal(signal.SIGKILL)
     until(lambda: not any(map(is_running, offspring)), "all processes are gone")
-    until(lambda: programs(space) == [], "the program is gone")
+    until(lambda: programs(space) == [], "the program is out of force")
+    until(lambda: not bpf.program_exists(program) and not any(map(bpf.map_exists, maps)), "nothing is left in the kernel")
     assert look(space, FRIEND, "10.0.0.1", port) == "refused"
 
 
@@ -406,6 +410,74 @@ rules:
     assert space.inside(get, "127.0.2.1") == "hello"
     assert programs(space) == []
     restarted.stop()
+
+
+@pytest.mark.needs("nginx")
+def test_nginx_restarts_under_load_by_its_own_means(space: Namespace, gate_in: Callable[..., Gate], folder: Path) -> None:
+    """Reloads, and a new binary in place of the old one, under load: no allowed request fails, none of the others gets in."""
+    home = folder / "nginx"
+    home.mkdir()
+    nginx = space.inside(Nginx, home)
+    (nginx.www / "page").write_text("hello")
+    nginx.stop()  # in the foreground it puts no new binary in its place
+    configuration = home / "nginx.conf"
+    configuration.write_text(configuration.read_text().replace("daemon off;", ""))
+    argv = [need.program("nginx"), "-e", str(home / "error.log"), "-p", str(home), "-c", str(configuration)]
+    space.inside(subprocess.run, argv, check=True, timeout=30)
+    pid_file = home / "nginx.pid"
+    until(lambda: pid_file.exists() and pid_file.read_text(), "it runs")
+    master = int(pid_file.read_text())
+    gate_in(f"""
+listeners:
+  - {{name: web, listen: "127.0.0.1:{nginx.port}", path: guard, on_exit: open}}
+default: deny
+rules:
+  - {{name: friends, action: allow, from: [127.0.1.0/24]}}
+""")
+    over, seen = threading.Event(), Counter[tuple[str, str]]()
+
+    def get(source: str) -> str:
+        with Sources().make(source) as client:
+            client.settimeout(10)
+            try:
+                client.connect(("127.0.0.1", nginx.port))
+                client.send(b"GET /page HTTP/1.0\r\n\r\n")
+                received = b""
+                while data := client.recv(4096):
+                    received += data
+            except OSError as err:
+                return type(err).__name__
+            return received.decode().rpartition("\r\n")[2]
+
+    def load() -> None:
+        while not over.is_set():
+            for source in ("127.0.1.1", "127.0.2.1"):
+                seen[source, get(source)] += 1
+
+    def served_more() -> None:
+        before = seen["127.0.1.1", "hello"]
+        until(lambda: seen["127.0.1.1", "hello"] >= before + 50, "it goes on serving")
+
+    thread = space.inside(_thread_of_namespace, load, space.fd)
+    try:
+        for _ in range(5):
+            os.kill(master, signal.SIGHUP)
+            served_more()
+        before = master
+        os.kill(before, signal.SIGUSR2)
+        until(lambda: pid_file.exists() and pid_file.read_text().strip() not in ("", str(before)), "the new one runs")
+        master = int(pid_file.read_text())
+        served_more()
+        os.kill(before, signal.SIGQUIT)
+        until(lambda: not is_running(before), "the old one has gone")
+        served_more()
+    finally:
+        over.set()
+        thread.join()
+        os.kill(master, signal.SIGTERM)
+        until(lambda: not is_running(master), "it has ended")
+    assert set(seen) == {("127.0.1.1", "hello"), ("127.0.2.1", "ConnectionRefusedError")}
+    assert seen["127.0.1.1", "hello"] == len((home / "access.log").read_text().splitlines())
 
 
 def _restart(nginx: Nginx, folder: Path) -> Process:
