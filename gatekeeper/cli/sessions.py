@@ -46,7 +46,7 @@ def _source(row: dict[str, Any]) -> tuple[bool, bytes, int]:
 
 
 ORDERS: dict[str, tuple[Callable[[dict[str, Any]], Any], bool]] = {  # key, and whether the greatest comes first
-    "age": (lambda row: row["began"], False),
+    "age": (lambda row: (row["began"], row["flow_id"]), False),
     "idle": (lambda row: row["idle_s"], True),
     "bytes": (lambda row: row["bytes_in"] + row["bytes_out"], True),
     "rate": (_rate, True),
