@@ -17,7 +17,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gatekeeper.errors import GatekeeperError, KernelError, ListenError
+from gatekeeper.errors import GatekeeperError, ListenError
 from gatekeeper.kernel import inherit, privileges, steering
 from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import SlotsExhausted
@@ -30,7 +30,7 @@ from gatekeeper.supervisor.compiling import Compiler, Known
 from gatekeeper.supervisor.control import Control
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.effect import Effect
-from gatekeeper.supervisor.enforcing import Enforcer, leftover
+from gatekeeper.supervisor.enforcing import Enforcer
 from gatekeeper.supervisor.handover import HandoverError
 from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.lastgood import Disk
@@ -38,7 +38,7 @@ from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.reload_requests import ReloadRequests
 from gatekeeper.supervisor.reloading import Reloader
 from gatekeeper.supervisor.standing import Standing
-from gatekeeper.supervisor.starting import NothingToStartWith, choose
+from gatekeeper.supervisor.starting import NothingToStartWith, choose, enforce
 from gatekeeper.supervisor.succession import Estate, Ground
 from gatekeeper.supervisor.upgrading import Upgrader
 
@@ -164,7 +164,7 @@ class Supervisor:
             # Whoever opened them goes on taking connections there, and nobody would serve them.
             names = ", ".join(unused.describe() for unused in self._inherited)
             raise ListenError(f"no listener in {self._options.path} wants the inherited {names}")
-        self._enforcer = self._enforce(settings["kernel"], policy)
+        self._enforcer = enforce(settings["kernel"], policy, self._loop, self._log.warning)
         self._serve(Ground(policy, opener, http, settings, directory))
 
     def _take_over(self, state_fd: int) -> None:
@@ -222,31 +222,6 @@ class Supervisor:
         crew.start(policy, settings["audit"], ground.http, self._enforcer, left)
         if identity is not None and identity.name != privileges.ACCOUNTS[0]:
             self._log.info(f"workers run as {identity.name}; an account called {privileges.ACCOUNTS[0]} would be better")
-
-    def _enforce(self, mode: str, policy: Accepted) -> Enforcer | None:
-        """Let the kernel refuse, if that is wanted; ``None``: workers do it.
-
-        Raises:
-            KernelError: it is required and cannot be had.
-        """
-        if mode == "off":
-            self._warn_of_leftover()
-            privileges.give_up(privileges.CAP_BPF)
-            return None
-        try:
-            return Enforcer.begin(self._loop, policy, alone=mode == "require", warn=self._log.warning)
-        except KernelError as err:
-            if mode == "require":
-                raise
-            self._log.warning(f"{err}; workers refuse instead")
-            self._warn_of_leftover()
-            privileges.give_up(privileges.CAP_BPF)
-            return None
-
-    def _warn_of_leftover(self) -> None:
-        path = leftover()
-        if path is not None:
-            self._log.warning(f"the policy of an earlier run is still in force in the kernel; to end it, remove {path}")
 
     def _all_serve(self) -> None:
         self._standing.serving = True
