@@ -14,9 +14,11 @@ from gatekeeper.supervisor.accepted import Accepted, accept
 from gatekeeper.supervisor.enforcing import Enforcer, leftover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from gatekeeper.supervisor.banlist import Source
     from gatekeeper.supervisor.compiling import Compiled
+    from gatekeeper.supervisor.handover import Kernel
     from gatekeeper.supervisor.loop import Loop
 
 
@@ -66,15 +68,19 @@ def choose(compiled: Compiled, why: str, option: str | None, environment: Mappin
     return First(policy, directory)
 
 
-def enforce(mode: str, policy: Accepted, loop: Loop, warn: Callable[[str], None]) -> Enforcer | None:
+def enforce(
+    mode: str, policy: Accepted, banned: Iterable[Source], loop: Loop, warn: Callable[[str], None], left: Kernel | None = None
+) -> Enforcer | None:
     """Let the kernel refuse, if that is wanted (``mode`` is the key `kernel`); ``None``: workers do it.
+
+    ``left``: what a predecessor in our place has left there.
 
     Raises:
         KernelError: it is required and cannot be had.
     """
     if mode != "off":
         try:
-            return Enforcer.begin(loop, policy, alone=mode == "require", warn=warn)
+            return Enforcer.begin(loop, policy, alone=mode == "require", warn=warn, left=left, banned=banned)
         except KernelError as err:
             if mode == "require":
                 raise

@@ -24,7 +24,7 @@ from gatekeeper.snapshot.bindings import SlotsExhausted
 from gatekeeper.supervisor import handover, listening, places, rehearsing, upgrading
 from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
 from gatekeeper.supervisor.asks import Ask
-from gatekeeper.supervisor.bans import Bans
+from gatekeeper.supervisor.bans import Bans, take_up
 from gatekeeper.supervisor.commands import Operators
 from gatekeeper.supervisor.compiling import Compiler, Known
 from gatekeeper.supervisor.control import Control
@@ -43,6 +43,7 @@ from gatekeeper.supervisor.succession import Estate, Ground
 from gatekeeper.supervisor.upgrading import Upgrader
 
 if TYPE_CHECKING:
+    from gatekeeper.supervisor.banlist import BanList
     from gatekeeper.supervisor.compiling import Compiled
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.watching import Watcher
@@ -164,8 +165,9 @@ class Supervisor:
             # Whoever opened them goes on taking connections there, and nobody would serve them.
             names = ", ".join(unused.describe() for unused in self._inherited)
             raise ListenError(f"no listener in {self._options.path} wants the inherited {names}")
-        self._enforcer = enforce(settings["kernel"], policy, self._loop, self._log.warning)
-        self._serve(Ground(policy, opener, http, settings, directory))
+        banned = take_up(self._log, directory)
+        self._enforcer = enforce(settings["kernel"], policy, banned.sources(), self._loop, self._log.warning)
+        self._serve(Ground(policy, opener, http, settings, directory), banned)
 
     def _take_over(self, state_fd: int) -> None:
         """Go on where another program in our place, of this version or another, has left off."""
@@ -177,11 +179,15 @@ class Supervisor:
             self._standing = Standing.after(left.past)
             if self._watcher is not None:
                 self._early = Ask("watch")  # what has changed meanwhile, and which files to watch
-            self._serve(ground, left)
+            banned = take_up(self._log, ground.directory, left.bans)
+            if left.kernel is not None:
+                mode, loop, warn = ground.settings["kernel"], self._loop, self._log.warning
+                self._enforcer = enforce(mode, ground.policy, banned.sources(), loop, warn, left.kernel)
+            self._serve(ground, banned, left)
         except (GatekeeperError, OSError) as err:
             self._cannot_start(f"cannot take over: {err}")
 
-    def _serve(self, ground: Ground, left: handover.State | None = None) -> None:
+    def _serve(self, ground: Ground, banned: BanList, left: handover.State | None = None) -> None:
         """Start everybody. ``left``: what an upgrade has left to us."""
         policy, settings = ground.policy, ground.settings
         identity = privileges.who_to_become()
@@ -205,11 +211,11 @@ class Supervisor:
         self._reloader.settings = settings
         if self._early is not None:
             self._reloader.request(self._early)
-        self._bans = Bans(self._loop, self._log, crew, self._enforcer, ground.directory)
-        self._bans.begin(None if left is None else left.bans)
+        self._bans = Bans(self._loop, self._log, crew, self._enforcer, ground.directory, banned)
+        self._bans.begin()
         self._control.handlers |= self._bans.handlers
         self._control.handlers |= ReloadRequests(self._reloader).handlers
-        Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
+        Operators(self._control, crew, self._standing, self._enforcer, self._bans, self._options.path)
         estate = Estate(
             ground, crew, self._reloader, self._standing, self._bans, self._enforcer, self._control, self._lock
         )
