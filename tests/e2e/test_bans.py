@@ -87,6 +87,7 @@ def test_a_ban_is_in_force_when_the_command_returns(run_gate: RunGate, folder: P
             gate.wait_for_value(1, "gatekeeper_connections_total", listener="web", action="deny", rule="", reason="ban")
             gate.wait_for_value(1, "gatekeeper_connections_total", listener="dns", action="deny", rule="", reason="ban")
             gate.wait_for_value(1, "gatekeeper_bans")
+            assert done(gate, "status").out.splitlines()[0].endswith(", 1 ban")
             assert done(gate, "unban", "127.0.7.0/24").out == "unbanned 127.0.7.0/24\n"
             assert answers("127.0.7.9", port)
             assert ask(datagrams) == b"are you there?"
