@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pwd
 import time
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import click
 
 from gatekeeper.cli.daemon import Daemon, connect, control_option
-from gatekeeper.cli.terminal import FINE, NO, Command, Terminal
+from gatekeeper.cli.terminal import FINE, NO, Command, Terminal, format_table
+
+SHOWN = 100
+NONE = 1 << 31  # more bans than there can be: to ask for their number only
 
 
 @click.command(
@@ -21,7 +25,8 @@ from gatekeeper.cli.terminal import FINE, NO, Command, Terminal
         "gatekeeper bans --json | jq -r '.bans[].source' > bans.txt",
     ),
     json_keys=(
-        ("bans", "a list, oldest first:"),
+        ("matched", "how many bans there are, or touch SOURCE"),
+        ("bans", "a list, the oldest first:"),
         ("  source", "an address, a network or a range"),
         ("  since, until", "Unix times; until is null for a ban without end"),
         ("  reason", 'what --reason said; "" when nothing'),
@@ -30,48 +35,61 @@ from gatekeeper.cli.terminal import FINE, NO, Command, Terminal
     ),
 )
 @click.argument("source", required=False)
+@click.option(
+    "--limit", type=click.IntRange(min=0), metavar="N",
+    help="Show so many, the latest; 0 is all.  [default: 100, with --json all]",
+)  # fmt: skip
 @control_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.pass_obj
-def command(terminal: Terminal, source: str | None, control: str | None, as_json: bool) -> int:
+def command(terminal: Terminal, source: str | None, limit: int | None, control: str | None, as_json: bool) -> int:
     """List the bans: all of them, or those that touch SOURCE (an address, a network or a range).
 
     With SOURCE the exit code is 0 when a part of it is banned, 1 when nothing of it is.
     """
+    if limit is None and not as_json:
+        limit = SHOWN
     with connect(control) as daemon:
-        bans, kept = fetch(daemon, source)
+        matched, bans, kept = fetch(daemon, source, limit or 0)
     if as_json:
-        terminal.print_json({"bans": bans, "kept": kept})
+        terminal.print_json({"matched": matched, "bans": bans, "kept": kept})
     elif bans:
         show(terminal, bans)
+        if len(bans) < matched:
+            terminal.note(f"the latest {len(bans)} of {matched} bans; --limit 0 shows all")
     else:
         terminal.print("nobody is banned" if source is None else f"{source} is not banned")
     return FINE if bans or source is None else NO
 
 
-def fetch(daemon: Daemon, source: str | None) -> tuple[list[dict[str, Any]], bool]:
-    """Return the bans, and whether they survive a restart. A ban that is lifted meanwhile may hide another."""
+def fetch(daemon: Daemon, source: str | None, limit: int) -> tuple[int, list[dict[str, Any]], bool]:
+    """Return how many bans there are, the latest ``limit`` of them (0: all), and whether they survive a restart.
+
+    A ban that is lifted meanwhile may hide another.
+    """
     bans: list[dict[str, Any]] = []
-    skip: int | None = 0
-    kept = True
+    result = daemon.ask("bans", rows=None, source=source, skip=NONE).result
+    skip: int | None = max(result["bans"] - limit, 0) if limit else 0
     while skip is not None:
         result = daemon.ask("bans", rows=bans.extend, source=source, skip=skip).result
-        skip, kept = result["next"], result["kept"]
-    return bans, kept
+        skip = result["next"]
+    return result["bans"], bans, result["kept"]
 
 
 def show(terminal: Terminal, bans: list[dict[str, Any]]) -> None:
     """Print bans for people."""
-    from gatekeeper.cli.tables import console, duration, moment, table  # noqa: PLC0415 - rich is slow to import
+    from gatekeeper.cli.tables import duration, moment  # noqa: PLC0415 - rich is slow to import
 
-    made = table("SOURCE", "SINCE", "ENDS IN", "BY", "REASON")
+    rows = [("SOURCE", "SINCE", "ENDS IN", "BY", "REASON")]
     now = time.time()
     for ban in bans:
         ends = "never" if ban["until"] is None else duration(max(ban["until"] - now, 0.0))
-        made.add_row(ban["source"], moment(ban["since"]), ends, _user(ban["by"]), ban["reason"])
-    console(terminal).print(made)
+        rows.append((ban["source"], moment(ban["since"]), ends, _user(ban["by"]), ban["reason"]))
+    for line in format_table(rows):
+        terminal.print(line)
 
 
+@functools.cache
 def _user(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name

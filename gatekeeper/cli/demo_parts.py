@@ -109,7 +109,7 @@ class Gate:
         home = str(Path(gatekeeper.__file__).resolve().parents[1])
         paths = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "gatekeeper", "run", str(self._rules)],
+            [sys.executable, "-m", "gatekeeper", "run", "--control", "off", str(self._rules)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
             env=os.environ | {"PYTHONPATH": paths}, start_new_session=True,
         )  # fmt: skip

@@ -22,6 +22,8 @@ _PROG_LOAD = 5
 _OBJ_PIN = 6
 _OBJ_GET = 7
 _PROG_TEST_RUN = 10
+_PROG_GET_FD_BY_ID = 13
+_MAP_GET_FD_BY_ID = 14
 _OBJ_GET_INFO_BY_FD = 15
 _PROG_QUERY = 16
 _MAP_FREEZE = 22
@@ -41,14 +43,16 @@ NO_PREALLOC = 1
 _SK_LOOKUP_TYPE = 30
 _SK_LOOKUP_ATTACH = 36
 
-_NUMBERS = {"x86_64": 321, "aarch64": 280}
+NUMBERS = {"x86_64": 321, "aarch64": 280}  # of the system call
 _NAME = b"gatekeeper"
 # None of the helpers we call asks for the GPL.
 _LICENSE = b"Apache-2.0"
 _LOG_BYTES = 1 << 20
 _LOG_SHOWN_BYTES = 4000  # its end says what is wrong
 _PROGRAM_INFO_BYTES = 208
+_MAP_INFO_BYTES = 80
 _LINK_INFO_BYTES = 32  # type, id, program id, then what depends on the type
+_MAP_IDS_AT = 52  # in struct bpf_prog_info: their number, then where to write them
 _RUN_TIME_AT = 192  # in struct bpf_prog_info: run_time_ns, then run_cnt
 _CONTEXT_BYTES = 72  # struct bpf_sk_lookup
 
@@ -225,9 +229,53 @@ def namespace_of(link: int) -> int:
     return int(struct.unpack_from("=IIIxxxxI", _info(link, _LINK_INFO_BYTES))[3])
 
 
+def map_id(fd: int) -> int:
+    """Return the id of a map."""
+    return int(struct.unpack_from("=II", _info(fd, _MAP_INFO_BYTES))[1])
+
+
 def program_id(program: int) -> int:
     """Return the id of a program."""
     return int(struct.unpack_from("=II", _info(program, _PROGRAM_INFO_BYTES))[1])
+
+
+def maps_of(program_id: int) -> list[int]:
+    """Return the ids of the maps that a program uses. It takes CAP_SYS_ADMIN, which only people who look have.
+
+    Raises:
+        OSError: ENOENT when there is no such program.
+    """
+    fd = _by_id(_PROG_GET_FD_BY_ID, program_id)
+    try:
+        ids = (ctypes.c_uint32 * 64)()
+        info = ctypes.create_string_buffer(_PROGRAM_INFO_BYTES)
+        struct.pack_into("=IQ", info, _MAP_IDS_AT, len(ids), ctypes.addressof(ids))
+        _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), ctypes.addressof(info)), "BPF_OBJ_GET_INFO_BY_FD")
+        return list(ids[: struct.unpack_from("=I", info, _MAP_IDS_AT)[0]])
+    finally:
+        os.close(fd)
+
+
+def program_exists(number: int) -> bool:
+    """Say whether the kernel has a program with this id. It takes CAP_SYS_ADMIN."""
+    return _exists(_PROG_GET_FD_BY_ID, number)
+
+
+def map_exists(number: int) -> bool:
+    """Say whether the kernel has a map with this id. It takes CAP_SYS_ADMIN."""
+    return _exists(_MAP_GET_FD_BY_ID, number)
+
+
+def _exists(command: int, number: int) -> bool:
+    try:
+        os.close(_by_id(command, number))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _by_id(command: int, number: int) -> int:
+    return _bpf(command, struct.pack("=III", number, 0, 0), "look for an id")
 
 
 def run_time(program: int) -> tuple[int, int]:
@@ -276,7 +324,7 @@ def _bpf(command: int, attributes: bytes, what: str) -> int:
 
 
 def _call(command: int, attributes: ctypes.Array[ctypes.c_char], what: str) -> int:
-    number = _NUMBERS.get(platform.machine())
+    number = NUMBERS.get(platform.machine())
     if number is None:
         raise OSError(errno.ENOSYS, f"{what}: not on {platform.machine()}")
     result = int(_libc.syscall(

@@ -56,9 +56,8 @@ class Common:
             self.close()
             raise
 
-    @property
     def holes(self) -> list[int]:
-        """The descriptors of the black holes."""
+        """Return the descriptors of the black holes: while they are open, what is dropped meets silence."""
         return [hole.fileno() for hole in self._holes]
 
     def close(self) -> None:

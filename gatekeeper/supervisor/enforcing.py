@@ -124,7 +124,10 @@ class Enforcer:
             counts = Counts(left.counts, len(policy.bindings.details), left.cpus, counted)
             former = Former(policy.bindings.details, counts, left.ring, left.holes)
         except (OSError, ValueError, zlib.error) as err:
-            raise KernelError(f"what the program of before the upgrade has counted cannot be read: {err}") from err
+            self._warn(f"what the kernel refused during the upgrade is not counted: {err}")
+            for fd in (left.counts, left.ring, *left.holes):
+                os.close(fd)
+            return
         self._leaving.append((former, policy))
         self._loop.later(LINGER_S, self._see_off)
 
@@ -219,7 +222,7 @@ class Enforcer:
         self._count_all()
         counts = self._judge.counts
         return Kernel(
-            Fd(self._link), tuple(map(Fd, self._common.holes)), Fd(self.counters_fd), self._flow,
+            Fd(self._link), tuple(map(Fd, self._common.holes())), Fd(self.counters_fd), self._flow,
             Fd(counts.fd), counts.cpus, base64.b64encode(zlib.compress(counts.counted)).decode(), Fd(self._common.ring_map),
         )  # fmt: skip
 

@@ -27,15 +27,19 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.listening import Opened, Opener
     from gatekeeper.supervisor.loop import Loop
+    from gatekeeper.supervisor.worker import Worker
 
-REJUDGE_PATIENCE_S = 60.0
+REJUDGE_PATIENCE_S = 30.0
 BEHIND_S = 0.05  # until workers that came up during the change are looked at again
 MOST_COUNTED = 1 << 32  # sessions; workers say so themselves
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """How live sessions fared: how many were judged again and ended; ``missing``: workers that did not answer."""
+    """How live sessions fared: how many were judged again and ended; ``missing``: workers that did not answer in time.
+
+    Those are ended, and all their sessions with them: some of these may be sessions that the policy refuses.
+    """
 
     judged: int = 0
     ended: int = 0
@@ -172,15 +176,20 @@ class Installer:
             # They came up during the change, with the policy before, and are on their way to this one.
             self._loop.later(BEHIND_S, lambda: self.judge_again(done, patience_s - BEHIND_S))
             return
-        asked = {worker.index: worker.child for worker in self._crew.workers}
+        asked = {worker.index: worker.child for worker in self._everybody()}
 
         def answered(answers: dict[int, dict[str, Any]], missing: list[int]) -> None:
             judged, ended = (sum(_count(answer.get(key)) for answer in answers.values()) for key in ("judged", "ended"))
             # The sessions of a worker that has ended have ended, too.
-            silent = {index for index in missing if self._crew.workers[index].child is asked[index]}
+            now = {worker.index: worker.child for worker in self._everybody()}
+            silent = {index for index in missing if index in now and now[index] is asked.get(index)}
+            late = tuple(sorted(behind | silent))
+            for child in map(now.get, late):
+                if child is not None:
+                    child.kill()
 
             def over(guarded: int, cut: int) -> None:
-                done(Judged(judged + guarded, ended + cut, tuple(sorted(behind | silent))))
+                done(Judged(judged + guarded, ended + cut, late))
 
             if self._enforcer is not None and self._enforcer.guards():
                 self._enforcer.rejudge(over)
@@ -291,6 +300,10 @@ class Installer:
             except ListenError as err:
                 failures.append(str(err))
         return have, failures
+
+    def _everybody(self) -> list[Worker]:
+        """Return the workers that have sessions, those included that only serve theirs to the end."""
+        return [*self._crew.workers, *self._crew.leaving.workers]
 
     def _leave(self, left: Accepted, kept: Accepted) -> None:
         """Close the sockets of a policy that another has no use for."""

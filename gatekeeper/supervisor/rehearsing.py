@@ -14,7 +14,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper import __version__
-from gatekeeper.errors import GatekeeperError, KernelError
+from gatekeeper.errors import GatekeeperError
 from gatekeeper.kernel import privileges
 from gatekeeper.kernel.judge import Common, Judge
 from gatekeeper.proxy.gate import Prepared, Terms, ephemeral_ports
@@ -48,7 +48,7 @@ def prove(asked: handover.Incoming, commands: Commands, log: Log) -> int:
         BanList.parse(left.bans)
         _see_terms(policy)
         if left.kernel is not None:
-            _load_program(policy)
+            see_program(policy)
         why = _Rehearsal(commands, policy, log).run()
     except Exception as err:  # noqa: BLE001 - whatever it is, it is the answer
         why = str(err) if isinstance(err, GatekeeperError) else f"{type(err).__name__}: {err}"
@@ -67,17 +67,18 @@ def _see_terms(policy: Accepted) -> None:
         Terms(prepared, index)
 
 
-def _load_program(policy: Accepted) -> None:
-    """See that the kernel takes the program of this version."""
+def see_program(policy: Accepted) -> None:
+    """See that the kernel takes the program that this version makes of a policy.
+
+    Raises:
+        OSError: it does not.
+    """
     snapshot = Snapshot(memoryview(mmap.mmap(policy.snapshot_fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)))
+    common = Common()
     try:
-        common = Common()
-        try:
-            Judge(snapshot, policy.bindings.details, policy.bindings.rows, common).close()
-        finally:
-            common.close()
-    except OSError as err:
-        raise KernelError(f"the kernel does not take the new program: {err}") from err
+        Judge(snapshot, policy.bindings.details, policy.bindings.rows, common).close()
+    finally:
+        common.close()
 
 
 class _Rehearsal:

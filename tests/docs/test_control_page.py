@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ SESSION_S = 100
 
 @pytest.mark.timeout(120)
 @pytest.mark.needs("unshare", "ip", "bash")
-def test_the_session_to_paste(folder: sessions.Path) -> None:
+def test_the_session_to_paste(folder: Path) -> None:
     """Pasted into a shell, the session of the page prints what the page shows, command by command."""
     wanted = [step for session in sessions.blocks("console", PAGE) for step in sessions.steps(session)]
     assert len(wanted) > 15
@@ -47,7 +48,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         f"{usual.clients}, and {usual.reserved} more",
         f"{usual.rate_per_s:g} a second and {usual.burst:g} at once",
         f"| {usual.idle_s:g} s |",
-        f"{usual.stuck_s:g} s, or {usual.unsent_bytes >> 20} MiB",
+        f"{usual.stuck_s:g} s, or {usual.unsent_bytes >> 20} MiB; {usual.all_unsent_bytes >> 20} MiB of all together",
         f"| tails | {MOST_TAILS} |",
     ):
         assert text in table

@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text()
 DOCUMENTS = (
     "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md",
     "docs/metrics.md", "docs/audit.md", "docs/kernel.md", "docs/plan.md", "docs/reload.md", "docs/runbook.md",
+    "docs/control.md",
 )  # fmt: skip
 SESSION_S = 45
 

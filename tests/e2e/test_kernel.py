@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import select
 import signal
 import socket
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +21,7 @@ import pytest
 from gatekeeper.kernel import bpf
 from gatekeeper.kernel.asm import R0, Assembler
 from gatekeeper.kernel.privileges import CAP_BPF
+from tests.cli.program import gatekeeper
 from tests.support import need
 from tests.support.backends import TcpBackend, UdpBackend
 from tests.support.clients import Sources, ask
@@ -238,7 +241,9 @@ def test_nothing_is_left_when_the_supervisor_is_killed(space: Namespace, gate_in
 kernel: require
 listeners: [{{name: web, listen: "10.0.0.1:{port}", backend: 127.0.0.1:9}}]
 {RULES}""")
-    assert len(programs(space)) == 1
+    (program,) = programs(space)
+    maps = bpf.maps_of(program)
+    assert len(maps) > 10
     assert capabilities(gate.pid) >> CAP_BPF & 1
     offspring = [*gate.worker_pids(), gate.observer_pid()]
     until(lambda: not any(map(capabilities, offspring)), "nobody else has any right, once started")
@@ -247,7 +252,8 @@ listeners: [{{name: web, listen: "10.0.0.1:{port}", backend: 127.0.0.1:9}}]
         assert not [link for link in links if "bpf" in link]
     gate.signal(signal.SIGKILL)
     until(lambda: not any(map(is_running, offspring)), "all processes are gone")
-    until(lambda: programs(space) == [], "the program is gone")
+    until(lambda: programs(space) == [], "the program is out of force")
+    until(lambda: not bpf.program_exists(program) and not any(map(bpf.map_exists, maps)), "nothing is left in the kernel")
     assert look(space, FRIEND, "10.0.0.1", port) == "refused"
 
 
@@ -406,6 +412,74 @@ rules:
     restarted.stop()
 
 
+@pytest.mark.needs("nginx")
+def test_nginx_restarts_under_load_by_its_own_means(space: Namespace, gate_in: Callable[..., Gate], folder: Path) -> None:
+    """Reloads, and a new binary in place of the old one, under load: no allowed request fails, none of the others gets in."""
+    home = folder / "nginx"
+    home.mkdir()
+    nginx = space.inside(Nginx, home)
+    (nginx.www / "page").write_text("hello")
+    nginx.stop()  # in the foreground it puts no new binary in its place
+    configuration = home / "nginx.conf"
+    configuration.write_text(configuration.read_text().replace("daemon off;", ""))
+    argv = [need.program("nginx"), "-e", str(home / "error.log"), "-p", str(home), "-c", str(configuration)]
+    space.inside(subprocess.run, argv, check=True, timeout=30)
+    pid_file = home / "nginx.pid"
+    until(lambda: pid_file.exists() and pid_file.read_text(), "it runs")
+    master = int(pid_file.read_text())
+    gate_in(f"""
+listeners:
+  - {{name: web, listen: "127.0.0.1:{nginx.port}", path: guard, on_exit: open}}
+default: deny
+rules:
+  - {{name: friends, action: allow, from: [127.0.1.0/24]}}
+""")
+    over, seen = threading.Event(), Counter[tuple[str, str]]()
+
+    def get(source: str) -> str:
+        with Sources().make(source) as client:
+            client.settimeout(10)
+            try:
+                client.connect(("127.0.0.1", nginx.port))
+                client.send(b"GET /page HTTP/1.0\r\n\r\n")
+                received = b""
+                while data := client.recv(4096):
+                    received += data
+            except OSError as err:
+                return type(err).__name__
+            return received.decode().rpartition("\r\n")[2]
+
+    def load() -> None:
+        while not over.is_set():
+            for source in ("127.0.1.1", "127.0.2.1"):
+                seen[source, get(source)] += 1
+
+    def served_more() -> None:
+        before = seen["127.0.1.1", "hello"]
+        until(lambda: seen["127.0.1.1", "hello"] >= before + 50, "it goes on serving")
+
+    thread = space.inside(_thread_of_namespace, load, space.fd)
+    try:
+        for _ in range(5):
+            os.kill(master, signal.SIGHUP)
+            served_more()
+        before = master
+        os.kill(before, signal.SIGUSR2)
+        until(lambda: pid_file.exists() and pid_file.read_text().strip() not in ("", str(before)), "the new one runs")
+        master = int(pid_file.read_text())
+        served_more()
+        os.kill(before, signal.SIGQUIT)
+        until(lambda: not is_running(before), "the old one has gone")
+        served_more()
+    finally:
+        over.set()
+        thread.join()
+        os.kill(master, signal.SIGTERM)
+        until(lambda: not is_running(master), "it has ended")
+    assert set(seen) == {("127.0.1.1", "hello"), ("127.0.2.1", "ConnectionRefusedError")}
+    assert seen["127.0.1.1", "hello"] == len((home / "access.log").read_text().splitlines())
+
+
 def _restart(nginx: Nginx, folder: Path) -> Process:
     """Start nginx once more with the configuration it had."""
     home = nginx.folder
@@ -547,3 +621,233 @@ def test_closed_needs_the_bpf_file_system(run_gate: Callable[..., Gate], folder:
     assert bpf.attached(bare.fd) == []
     gate.stop()
     bare.close()
+
+
+# ---------------------------------------------------------------------- live sessions that are somebody else's
+
+
+class Visits:
+    """A service at a port of both families, and connections to it that stay open, all in the namespace. Owns its sockets."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._listening = serve(self.port)
+        self._listening.settimeout(5)
+        self._sockets = [self._listening]
+
+    def come(self, source: str, host: str = "10.0.0.1") -> tuple[socket.socket, socket.socket]:
+        """Return both ends of a connection: the visitor's and the service's."""
+        visitor = Sources().make(source)
+        visitor.settimeout(5)
+        visitor.connect((host, self.port))
+        service = self._listening.accept()[0]
+        service.settimeout(5)
+        self._sockets += [visitor, service]
+        return visitor, service
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+
+def still_talks(ends: tuple[socket.socket, socket.socket]) -> bool:
+    """Whether what the visitor says arrives; ``False``: both ends have learnt that it is over."""
+    visitor, service = ends
+    try:
+        visitor.send(b"well?")
+        return service.recv(64) == b"well?"
+    except (ConnectionResetError, ConnectionAbortedError, BrokenPipeError):
+        return False
+
+
+def ask_daemon(gate: Gate, *argv: str, code: int = 0) -> Any:
+    """Run a command that asks this gate, and return its document."""
+    done = gatekeeper(*argv, "--control", str(gate.control_path), "--json")
+    assert done.code == code, done
+    return json.loads(done.out)
+
+
+def sessions(gate: Gate, *argv: str) -> list[dict[str, Any]]:
+    """Live sessions as `gatekeeper sessions` has them."""
+    rows: list[dict[str, Any]] = ask_daemon(gate, "sessions", *argv)["sessions"]
+    return rows
+
+
+@pytest.fixture
+def visits(space: Namespace) -> Iterator[Visits]:
+    """A service that is going to be guarded."""
+    made = space.inside(Visits)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def stranger(space: Namespace) -> Iterator[Visits]:
+    """A service that is in no policy."""
+    made = space.inside(Visits)
+    yield made
+    made.close()
+
+
+def test_sessions_of_guarded_listeners_are_shown_beside_relayed_ones(
+    space: Namespace, gate_in: Callable[..., Gate], visits: Visits, stranger: Visits
+) -> None:
+    """With their rule, addresses, bytes, and what TCP knows; IPv4, IPv6, and IPv4 at a socket of both; filters choose among them."""
+    relayed = free_port()
+    with made_in(space, TcpBackend) as backend:
+        gate = gate_in(guarding(
+            visits.port, "open", f'  - {{name: web, listen: "10.0.0.1:{relayed}", backend: "{backend.address}"}}\n'
+        ))  # fmt: skip
+        first = space.inside(visits.come, FRIEND)
+        second = space.inside(visits.come, FRIEND_6, "2001:db8::1")
+        first[0].send(b"x" * 1000)
+        assert first[1].recv(1000)
+        first[1].send(b"y" * 300)
+        first[0].recv(1000)
+        space.inside(stranger.come, FRIEND)
+        with space.inside(Sources().make, FRIEND) as through:
+            space.inside(through.connect, ("10.0.0.1", relayed))
+            through.settimeout(5)
+            assert ask(through) == b"are you there?"
+            rows = sessions(gate, "--details")
+            paths = sorted((row["listener"], row["path"]) for row in rows)
+            assert paths == [("service", "guard"), ("service", "guard"), ("web", "relay")]
+        (row,) = [row for row in rows if row["src_ip"] == FRIEND and row["path"] == "guard"]
+        assert (row["src_port"], row["dest_ip"], row["dest_port"]) == (first[0].getsockname()[1], "10.0.0.1", visits.port)
+        assert (row["rule"], row["state"], row["bytes_in"], row["bytes_out"]) == ("friends", "open", 1000, 300)
+        assert row["client_tcp"]["rtt_us"] > 0
+        assert row["backend_tcp"] is None
+        assert [row["src_ip"] for row in sessions(gate, "--source", "2001:db8::/32")] == [FRIEND_6]
+        assert sessions(gate, "--state", "client_closed") == []
+        second[0].shutdown(socket.SHUT_WR)
+        until(lambda: [row["src_ip"] for row in sessions(gate, "--stuck")] == [FRIEND_6], "one side has closed")
+
+
+def test_sessions_of_guarded_listeners_can_be_cut(space: Namespace, gate_in: Callable[..., Gate], visits: Visits) -> None:
+    """Those that are meant, both ends learn of it, the others go on; counted, and in the audit log as the kernel's."""
+    gate = gate_in(guarding(visits.port, "open"))
+    first, second = space.inside(visits.come, FRIEND), space.inside(visits.come, "10.0.1.2")
+    ask_daemon(gate, "cut", "--source", FRIEND)
+    assert not still_talks(first)
+    assert still_talks(second)
+    (event,) = gate.wait_for_audit(1, "connection")
+    assert (event["src_ip"], event["src_port"], event["dest_port"]) == (FRIEND, first[0].getsockname()[1], visits.port)
+    assert {key: event["gatekeeper"][key] for key in ("listener", "action", "rule", "end", "enforced_by")} == {
+        "listener": "service", "action": "allow", "rule": "friends", "end": "cut", "enforced_by": "kernel",
+    }  # fmt: skip
+    assert value(space, gate, "gatekeeper_session_ends_total", listener="service", end="cut") == 1
+    assert [row["src_ip"] for row in sessions(gate)] == ["10.0.1.2"]
+
+
+def test_a_new_policy_reaches_sessions_that_are_open(
+    space: Namespace, gate_in: Callable[..., Gate], visits: Visits, stranger: Visits
+) -> None:
+    """Whom it refuses is cut off at once and told of under the rule that had let it in; others, and strangers, do not notice."""
+    text = guarding(visits.port, "open")
+    gate = gate_in(text)
+    sources = [(FRIEND, "10.0.0.1"), ("10.0.1.2", "10.0.0.1"), (FRIEND_6, "2001:db8::1")]
+    first, second, third = (space.inside(visits.come, *each) for each in sources)
+    other = space.inside(stranger.come, FRIEND)
+    outcome = gate.reload(text.replace("10.0.1.0/24", "10.0.1.2"))
+    assert outcome["success"]
+    assert (outcome["judged"], outcome["ended"]) == (3, 1)
+    assert [still_talks(ends) for ends in (first, second, third, other)] == [False, True, True, True]
+    (event,) = gate.wait_for_audit(1, "connection")
+    assert (event["src_ip"], event["gatekeeper"]["rule"], event["gatekeeper"]["end"]) == (FRIEND, "friends", "revoked")
+    assert value(space, gate, "gatekeeper_session_ends_total", listener="service", end="revoked") == 1
+
+
+def test_a_reload_that_keeps_sessions_keeps_guarded_ones(
+    space: Namespace, gate_in: Callable[..., Gate], visits: Visits
+) -> None:
+    """`on_reload: keep`: who is in stays in, newcomers are refused."""
+    text = "on_reload: keep\n" + guarding(visits.port, "open")
+    gate = gate_in(text)
+    first = space.inside(visits.come, FRIEND)
+    assert gate.reload(text.replace("10.0.1.0/24", "10.0.1.2"))["success"]
+    assert still_talks(first)
+    assert reaches(space, FRIEND, "10.0.0.1", visits.port) is False
+
+
+def test_a_ban_is_in_the_kernel_and_reaches_guarded_sessions(
+    space: Namespace, gate_in: Callable[..., Gate], visits: Visits
+) -> None:
+    """Addresses and networks, both families, before there is a connection; lifted, they are let in again; counted as bans."""
+    relayed = free_port()
+    more = f'  - {{name: web, listen: "10.0.0.1:{relayed}", backend: 127.0.0.1:9}}\n'
+    gate = gate_in(guarding(visits.port, "open", more))
+    first, second = space.inside(visits.come, FRIEND), space.inside(visits.come, "10.0.1.2")
+    third = space.inside(visits.come, FRIEND_6, "2001:db8::1")
+    ask_daemon(gate, "ban", FRIEND)
+    ask_daemon(gate, "ban", "2001:db8:1::/64")
+    until(lambda: not still_talks(first) and not still_talks(third), "the banned have learnt of it")
+    assert still_talks(second)
+    assert reaches(space, FRIEND, "10.0.0.1", visits.port) is False
+    assert reaches(space, FRIEND_6, "2001:db8::1", visits.port) is False
+    assert reaches(space, "10.0.1.2", "10.0.0.1", visits.port) is True
+    assert look(space, FRIEND, "10.0.0.1", relayed) == "refused"
+    until(lambda: value(space, gate, "gatekeeper_kernel_refused_attempts_total", listener="web", action="deny", rule="ban") == 1,
+          "a ban is counted as one")  # fmt: skip
+    ends = [event["gatekeeper"]["end"] for event in gate.wait_for_audit(2, "connection")]
+    assert ends == ["banned", "banned"]
+    assert {event["gatekeeper"]["reason"] for event in gate.wait_for_audit(3, "refusal")} == {"ban"}
+    ask_daemon(gate, "unban", FRIEND)
+    until(lambda: reaches(space, FRIEND, "10.0.0.1", visits.port) is True, "the ban is lifted")
+
+
+def test_a_program_that_comes_later_is_noticed(space: Namespace, gate_in: Callable[..., Gate]) -> None:
+    """Said, and to be seen in a metric and in the status, for as long as it is there; we go on, and reloads work."""
+    port = free_port()
+    text = guarding(port, "open")
+    gate = gate_in(text)
+    assert value(space, gate, "gatekeeper_kernel_other_programs") == 0
+    code = Assembler()
+    code.do(R0, "=", 1)
+    code.exit()
+    program = bpf.load(code.assemble({}), code.listing())
+    link = bpf.attach(program, space.fd)
+    until(lambda: value(space, gate, "gatekeeper_kernel_other_programs") == 1, "it is noticed")
+    assert "another sk_lookup program" in gate.output()
+    assert ask_daemon(gate, "status")["kernel_others"] == 1
+    assert gate.reload(text)["success"]
+    os.close(link)
+    os.close(program)
+    until(lambda: value(space, gate, "gatekeeper_kernel_other_programs") == 0, "it is gone")
+    assert "no other sk_lookup programs" in gate.output()
+
+
+def test_an_upgrade_keeps_the_kernel_refusing(space: Namespace, gate_in: Callable[..., Gate], visits: Visits) -> None:
+    """While the new code takes over, and afterwards: nobody who is refused gets in, drops stay silent, sessions and counts go on."""
+    relayed = free_port()
+    with made_in(space, TcpBackend) as backend:
+        gate = gate_in("kernel: require" + guarding(
+            visits.port, "open", f'  - {{name: web, listen: "10.0.0.1:{relayed}", backend: "{backend.address}"}}\n'
+        ))  # fmt: skip
+        first = space.inside(visits.come, FRIEND)
+        ask_daemon(gate, "ban", "10.0.1.9")
+        (before,) = programs(space)
+        over, seen = threading.Event(), Counter[tuple[str, str]]()
+
+        def load() -> None:
+            while not over.is_set():
+                for source in (FRIEND, FOE, "10.0.1.9"):
+                    seen[source, look_here(source, "10.0.0.1", relayed)] += 1
+
+        thread = space.inside(_thread_of_namespace, load, space.fd)
+        try:
+            ask_daemon(gate, "upgrade")
+            until(lambda: programs(space) != [before], "the new one's program is in force")
+            until(lambda: seen[FOE, "refused"] > 20, "it goes on")
+        finally:
+            over.set()
+            thread.join()
+        assert set(seen) == {(FRIEND, "allow"), (FOE, "refused"), ("10.0.1.9", "refused")}
+        assert len(programs(space)) == 1
+        assert still_talks(first)
+        assert look(space, SILENT, "10.0.0.1", relayed) == "silence"
+        assert reaches(space, FOE, "10.0.0.1", visits.port) is False
+        assert value(space, gate, "gatekeeper_kernel_enforcing") == 1
+        until(lambda: value(space, gate, "gatekeeper_kernel_refused_attempts_total", listener="web", action="deny", rule="") > 20,
+              "counts go on")  # fmt: skip
+        gate.signal(signal.SIGKILL)
+        until(lambda: programs(space) == [], "nothing is left")

@@ -14,7 +14,7 @@ from gatekeeper.supervisor import watching
 from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.watching import Watcher
 
-LONG_S = 5.0
+LONG_S = 20.0
 
 
 class Stage:
@@ -42,8 +42,9 @@ class Stage:
         before = self._looked
         change()
         self._loop._result = None
-        self._loop.later(within_s, lambda: self._loop.stop(1))
+        limit = self._loop.later(within_s, lambda: self._loop.stop(1))
         self._loop.run()
+        limit.cancel()
         return self._looked == before + 1
 
     def ignores(self, change: Callable[[], object]) -> bool:
@@ -51,8 +52,9 @@ class Stage:
         before = self._looked
         change()
         self._loop._result = None
-        self._loop.later(2 * watching.QUIET_S, lambda: self._loop.stop(1))
+        limit = self._loop.later(2 * watching.QUIET_S, lambda: self._loop.stop(1))
         self._loop.run()
+        limit.cancel()
         return self._looked == before
 
 
