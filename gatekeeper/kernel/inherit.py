@@ -31,11 +31,12 @@ class Inherited:
         return f"{self.name} ({kind} {address})"
 
 
-def take(environment: MutableMapping[str, str]) -> list[Inherited]:
+def take(environment: MutableMapping[str, str], files: dict[str, int] | None = None) -> list[Inherited]:
     """Return the sockets that were passed to this process, close-on-exec and non-blocking.
 
     The variables are removed from ``environment``, so that nothing we start takes them for its own. Descriptors that
-    are not sockets are left alone. Empty when there are none, or when they were meant for another process.
+    are not sockets go into ``files`` by their names; without it they are left alone. Empty when there are none, or
+    when they were meant for another process.
     """
     count = environment.pop("LISTEN_FDS", "")
     pid = environment.pop("LISTEN_PID", "")
@@ -47,6 +48,9 @@ def take(environment: MutableMapping[str, str]) -> list[Inherited]:
         fd = FIRST_FD + index
         try:
             if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                if files is not None and index < len(names) and names[index] not in files:
+                    os.set_inheritable(fd, False)
+                    files[names[index]] = fd
                 continue
         except OSError:
             break

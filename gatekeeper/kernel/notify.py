@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import array
 import os
+import select
 import socket
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+PATIENCE_MS = 100
 
 
 class Notifier:
@@ -17,12 +21,14 @@ class Notifier:
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Read NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID from ``environment``."""
         self._socket: socket.socket | None = None
+        self._poll = select.poll()
         self.watchdog_interval_s = _watchdog_interval_s(environment)
         address = environment.get("NOTIFY_SOCKET", "")
         if address.startswith(("/", "@")):
             self._address = "\0" + address[1:] if address.startswith("@") else address
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._socket.setblocking(False)
+            self._poll.register(self._socket, select.POLLOUT)
 
     def ready(self, status: str) -> None:
         """Say that the service is up, or that a reload has ended."""
@@ -44,17 +50,34 @@ class Notifier:
         """Say that we are alive; due every ``watchdog_interval_s``."""
         self._send("WATCHDOG=1")
 
+    def store(self, name: str, fds: Sequence[int]) -> None:
+        """Give copies of descriptors to the manager's store; they come back at the next start, under this name.
+
+        The manager is not to watch them: a UDP socket that was told of an error would be dropped.
+        """
+        self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fds)
+
+    def forget(self, name: str) -> None:
+        """Let the manager close what it stored under a name."""
+        self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
     def close(self) -> None:
         """Close the socket; later calls do nothing."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
-    def _send(self, text: str) -> None:
+    def _send(self, text: str, fds: Sequence[int] = ()) -> None:
         if self._socket is None:
             return
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self._socket.sendto(text.encode(), self._address)
+            try:
+                self._socket.sendmsg([text.encode()], rights, 0, self._address)
+            except BlockingIOError:
+                # Its queue holds a few messages only, and it is busy at the start of the machine.
+                self._poll.poll(PATIENCE_MS)
+                self._socket.sendmsg([text.encode()], rights, 0, self._address)
         except OSError:
             # The manager is gone or slow. It will notice by itself, and the service must not stop for it.
             return

@@ -57,6 +57,7 @@ class Installer:
         self._crew = crew
         self._enforcer = enforcer
         self._spare: tuple[Accepted, Judge | None] | None = None  # what a trial goes back to
+        self.follow: Callable[[Accepted], None] = lambda _policy: None  # called with each policy that comes in force
         self._involved: list[Accepted] = []  # in the change under way
 
     @property
@@ -205,11 +206,11 @@ class Installer:
         if change is not None and not change.committed:
             change.abort(why)
 
-    def close(self) -> None:
-        """Close all listening sockets of ours."""
+    def close(self, *, keep_files: bool = False) -> None:
+        """Close all listening sockets of ours. ``keep_files``: somebody else holds them, and clients are to find him."""
         for policy in (self.policy, *self._involved):
             for opened in policy.opened.values():
-                opened.close()
+                opened.close(keep_file=keep_files)
 
     # -- the steps
 
@@ -244,6 +245,7 @@ class Installer:
                 # Before any worker can speak of what is new in it. What was in the old one keeps its number.
                 crew.observer.policy(new)
             crew.leaving.enforce(new)
+            self.follow(new)
 
         def changed(failure: str | None) -> None:
             crew.change = None

@@ -13,7 +13,7 @@ import errno
 import os
 import socket
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gatekeeper.errors import ListenError
@@ -68,11 +68,11 @@ class Opened:
             return self.sockets[0]
         return self.sockets[index] if index < len(self.sockets) else None
 
-    def close(self) -> None:
+    def close(self, *, keep_file: bool = False) -> None:
         """Close our copies and remove the socket file; workers that still have theirs go on until they close them."""
         for sock in self.sockets:
             sock.close()
-        if self.unix_file is not None:
+        if self.unix_file is not None and not keep_file:
             with contextlib.suppress(OSError):
                 # Somebody else's by now? Then it is not ours to remove.
                 found = os.stat(self.endpoint.host)
@@ -87,6 +87,7 @@ class Opener:
     shards: int
     key: steering.Key
     inherited: list[Inherited]
+    kept: dict[str, Opened] = field(default_factory=dict)  # open already, since an earlier run
 
     def open_all(self, wanted: Iterable[Endpoint], existing: Mapping[str, Opened]) -> dict[str, Opened]:
         """Return what had to be opened so that every wanted endpoint is open, by key: all of it or nothing.
@@ -126,6 +127,9 @@ class Opener:
             self.inherited.append(opened.came_with_us)
 
     def _open(self, endpoint: Endpoint, everything: list[Endpoint], ours: list[Opened]) -> Opened:
+        kept = self.kept.pop(endpoint.key, None)
+        if kept is not None:
+            return kept
         came_with_us = adopting.find(self.inherited, endpoint, everything)
         if came_with_us is not None:
             self.inherited.remove(came_with_us)

@@ -33,6 +33,7 @@ from gatekeeper.supervisor.effect import Effect
 from gatekeeper.supervisor.enforcing import Enforcer
 from gatekeeper.supervisor.handover import HandoverError
 from gatekeeper.supervisor.installing import Installer
+from gatekeeper.supervisor.keeping import Keeper
 from gatekeeper.supervisor.lastgood import Disk
 from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.reload_requests import ReloadRequests
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 FINE, REFUSED, CANNOT = 0, 1, 3  # exit codes
 MOST_WORKERS = 128  # their descriptors travel in one message
 STUCK_AFTER_S = 10.0
+KEPT_WHILE_DRAINING_S = 10.0  # by the service manager: newcomers wait for the next start
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,9 @@ class Supervisor:
         self._log = log
         self._loop = Loop(self._signalled)
         self._notifier = Notifier(os.environ)
-        self._inherited = inherit.take(os.environ)
+        self._files: dict[str, int] = {}
+        self._inherited = inherit.take(os.environ, self._files)
+        self._keeper = Keeper(self._notifier, log, os.environ)
         self._standing = Standing()
         self._disk = Disk(self._loop)
         self._compiler = Compiler(self._loop, log, options.commands.compiler, options.path)
@@ -158,8 +162,10 @@ class Supervisor:
         if size > MOST_WORKERS:
             self._log.warning(f"{size} workers are more than {MOST_WORKERS}; starting {MOST_WORKERS}")
             size = MOST_WORKERS
-        opener = listening.Opener(size, steering.new_key(), self._inherited)
-        policy.opened = opener.open_all(endpoints(policy.meta), {})
+        wanted = endpoints(policy.meta)
+        kept = self._keeper.take_back(self._inherited, self._files, [item.key for item in wanted], size)
+        opener = listening.Opener(size, kept.key or steering.new_key(), self._inherited, kept.opened)
+        policy.opened = opener.open_all(wanted, {})
         http = listening.open_http(endpoint(settings["metrics"]), self._inherited) if settings["metrics"] else None
         if self._inherited:
             # Whoever opened them goes on taking connections there, and nobody would serve them.
@@ -206,6 +212,7 @@ class Supervisor:
         if self._enforcer is not None:
             self._enforcer.others_changed = crew.tell_state
         self._installer = Installer(self._loop, policy, ground.opener, crew, self._enforcer)
+        self._installer.follow = lambda new: self._keeper.keep(new.opened, ground.opener.key, ground.opener.shards)
         effect = Effect(self._log, self._installer, crew, self._standing, self._disk, ground.directory)
         self._reloader = Reloader(
             self._loop, self._log, self._compiler, self._installer, effect, crew, self._standing, self._notifier
@@ -241,6 +248,8 @@ class Supervisor:
             if not self._standing.upgrades:
                 self._crew.event("start", pid=os.getpid(), policy=self._digest())
             self._crew.tell_state()
+        if self._installer is not None:
+            self._installer.follow(self._installer.policy)
         if self._reloader is not None:
             self._reloader.begin()
 
@@ -289,6 +298,8 @@ class Supervisor:
         crew.drain(deadline_s)
         # Workers serve what waits in their queues already. Ours must go, or newcomers would wait for nobody.
         self._close_listeners()
+        if self._keeper.keeps():
+            self._loop.later(KEPT_WHILE_DRAINING_S, self._keep_no_longer)
         if self._enforcer is not None and not self._enforcer.guards():
             self._enforcer.detach()
 
@@ -310,9 +321,15 @@ class Supervisor:
         self._log.info("stopped" if not cut else f"stopped; {sessions} had not ended by themselves")
         self._loop.stop(FINE)
 
+    def _keep_no_longer(self) -> None:
+        """Let newcomers be refused: the next start is not near enough to let them wait for it."""
+        self._log.info("sessions still go on, so the service manager keeps no sockets: newcomers are refused from now on")
+        self._keeper.forget()
+        self._close_listeners()
+
     def _close_listeners(self) -> None:
         if self._installer is not None:
-            self._installer.close()
+            self._installer.close(keep_files=self._keeper.keeps())
         elif self._policy is not None:
             for opened in self._policy.opened.values():
                 opened.close()

@@ -847,7 +847,16 @@ def test_an_upgrade_keeps_the_kernel_refusing(space: Namespace, gate_in: Callabl
         assert look(space, SILENT, "10.0.0.1", relayed) == "silence"
         assert reaches(space, FOE, "10.0.0.1", visits.port) is False
         assert value(space, gate, "gatekeeper_kernel_enforcing") == 1
-        until(lambda: value(space, gate, "gatekeeper_kernel_refused_attempts_total", listener="web", action="deny", rule="") > 20,
-              "counts go on")  # fmt: skip
+        refused = seen[FOE, "refused"]
+
+        def counted_and_told() -> bool:
+            counted = value(space, gate, "gatekeeper_kernel_refused_attempts_total", listener="web", action="deny", rule="")
+            assert counted == refused
+            lines = [event for event in gate.audit("refusal") if event["src_ip"] == FOE and event["dest_port"] == relayed]
+            left_out = [event["gatekeeper"] for event in gate.audit("refusals_suppressed")]
+            assert len(lines) + sum(each["count"] for each in left_out if (each["listener"], each["reason"]) == ("web", "default")) == refused
+            return True
+
+        until(counted_and_told, "every refusal is counted and told, those during the upgrade too")
         gate.signal(signal.SIGKILL)
         until(lambda: programs(space) == [], "nothing is left")
