@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import json
 import os
 import random
 import socket
@@ -26,6 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench import verdict
+from bench.document import DOCS, fill
 from bench.native import Backend, Generator, compile_load
 from bench.peers import HOME, System, ports_for, raise_file_limit, start, start_direct, start_haproxy, write
 from bench.processes import BenchError
@@ -289,6 +291,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.2)
     parser.add_argument("--only", metavar="NAME,...", default=",".join(KERNEL), help=", ".join(KERNEL))
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/kernel.md")
     options = parser.parse_args()
     raise_file_limit()
     document: dict[str, Any] = {
@@ -306,10 +309,16 @@ def main() -> int:
     for record in records:
         record["load_average"] = os.getloadavg()[0]
         print("\n" + scenario_table(record))
+    document["scenarios"] = records
     if options.json:
-        from bench.run import write_json
-
-        write_json(document | {"scenarios": records}, options.json)
+        with open(options.json, "w") as file:
+            json.dump(document, file, indent=1)
+    if options.write_docs:
+        page = os.path.join(DOCS, "kernel.md")
+        with open(page) as file:
+            text = fill(file.read(), document)
+        with open(page, "w") as file:
+            file.write(text)
     return 0
 
 

@@ -230,8 +230,10 @@ class Enforcer:
         """Say whether programs that were swapped out are still to be counted."""
         return bool(self._leaving or self._kept)
 
-    def ban(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+    def ban(self, ranges: Iterable[tuple[int, int, int]], done: Callable[[int], None] = lambda _ended: None) -> None:
         """Refuse these (family, first, last) above all policies, and nobody else any more.
+
+        ``done`` is told, now or later, how many live sessions of guarded listeners have ended.
 
         Raises:
             KernelError: that is not possible; whom it refused before is still refused.
@@ -240,7 +242,7 @@ class Enforcer:
             self._common.bans.hold(ranges)
         except OSError as err:
             raise KernelError(f"the kernel does not take the bans: {err.strerror}") from err
-        self.sessions.end_banned()
+        self.sessions.end_banned(done)
 
     def rejudge(self, done: Callable[[int, int], None]) -> None:
         """End the live sessions of guarded listeners that the policy in force or a ban refuses.
