@@ -61,6 +61,20 @@ class Notifier:
         """Let the manager close what it stored under a name."""
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
+    def wait_until_heard(self, patience_s: float) -> bool:
+        """Wait until the manager has acted on everything that it was told; say whether it has. Blocks: for the start only."""
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._send("BARRIER=1", [theirs])
+        finally:
+            os.close(theirs)
+        poll = select.poll()
+        poll.register(ours, 0)  # the end of the pipe: the manager has closed its copy
+        try:
+            return self._socket is not None and bool(poll.poll(patience_s * 1000))
+        finally:
+            os.close(ours)
+
     def close(self) -> None:
         """Close the socket; later calls do nothing."""
         if self._socket is not None:

@@ -34,6 +34,7 @@ STATE_NAME = "gatekeeper-state"
 PREFIX = "gatekeeper-socket-"
 MOST_STATE_BYTES = 16 << 20
 MOST_NAMED = 8
+PATIENCE_S = 5.0
 _SO_COOKIE = 57
 
 
@@ -84,6 +85,8 @@ class Keeper:
         if kept.opened and kept.shards != shards:
             self._give_up(kept, list(kept.opened), f"it is for {kept.shards} workers, and there are {shards} now")
         self._give_up(kept, sorted(kept.opened.keys() - set(wanted)), "no listener wants it")
+        if len(ours) > sum(len(opened.sockets) for opened in kept.opened.values()):
+            self._notifier.wait_until_heard(PATIENCE_S)  # as long as it holds a socket, the address is taken
         if kept.opened:
             self._log.info(f"the sockets of an earlier run are served again ({', '.join(sorted(kept.opened)[:MOST_NAMED])})")
         else:
