@@ -199,7 +199,7 @@ def test_exactly_those_who_may_not_stay_go(scene: Scene, long: bool) -> None:
         assert scene.ask("reload")["ended"] == 2 * each
         assert scene.ask("ban", "127.0.44.0/24", "--for", "1h")["ended"] == 2 * each
         assert scene.ask("cut", "--source", "127.0.45.0/24")["ended"] == 2 * each
-        riding.tell("go")
+        riding.go()
         riding.pause()
         story, rode = knocking.stop(), riding.stop()
     all_served(story)
