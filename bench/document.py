@@ -172,7 +172,7 @@ def fill(text: str, document: dict[str, Any]) -> str:
             made = BLOCKS[name](records) or ""
         return found[0] if not made else f"<!-- measured: {name} -->\n{made}\n<!-- end -->"
 
-    return re.sub(r"<!-- measured: ([\w ]+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"<!-- measured: ([\w -]+?) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 def plots(document: dict[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from typing import Any
 from bench import verdict
 from bench.document import DOCS, fill
 from bench.native import Backend, Generator, compile_load
-from bench.peers import HOME, System, ports_for, raise_file_limit, start, start_direct, start_haproxy, write
+from bench.peers import HOME, System, output, ports_for, raise_file_limit, start, start_direct, start_haproxy, write
 from bench.processes import BenchError
 from bench.report import heading, machine, scenario_table
 from bench.scenarios import GUARDED, KERNEL, KERNEL_TABLE, REFUSED_BY_KERNEL, Scenario
@@ -113,7 +113,8 @@ def start_gatekeeper(backend: Backend, directory: str, *, guard: bool) -> System
 
     process = start("gatekeeper", [sys.executable, "-m", "gatekeeper", "run", path], directory, ports["tcp"], HOME, ready)
     roles = frozenset({"supervisor", "worker", "observer"})
-    return System("gatekeeper", "", backend, ports, process, roles)
+    told = "import gatekeeper, platform; print(gatekeeper.__version__, 'on Python', platform.python_version())"
+    return System("gatekeeper", output(sys.executable, "-c", told), backend, ports, process, roles)
 
 
 class Stage:
@@ -174,6 +175,8 @@ def comparisons(
             for name, starter in starters:
                 stage.add(name, starter)
             records.append(compare(stage.systems, scenario, program, rounds, seconds, progress))
+            records[-1]["versions"] = {system.name: system.version for system in stage.systems if system.version}
+            records[-1]["load_average"] = os.getloadavg()[0]
         finally:
             stage.close()
     return records
@@ -280,7 +283,7 @@ def measure(
     """Return all records that are wanted, as far as they can be had here."""
     records = comparisons(program, directory, rounds, seconds, wanted, progress)
     if KERNEL_TABLE in wanted:
-        records.append(tables(program, progress))
+        records.append(tables(program, progress) | {"load_average": os.getloadavg()[0]})
     return records
 
 
@@ -297,7 +300,6 @@ def main() -> int:
     document: dict[str, Any] = {
         "machine": machine(), "versions": {}, "settings": {"turns": options.turns, "seconds": options.seconds},
     }  # fmt: skip
-    print(heading(document))
     try:
         with tempfile.TemporaryDirectory(prefix="gatekeeper-bench-") as directory:
             os.chmod(directory, 0o755)
@@ -307,7 +309,9 @@ def main() -> int:
         print(f"bench: {err}", file=sys.stderr)
         return 3
     for record in records:
-        record["load_average"] = os.getloadavg()[0]
+        document["versions"] |= record.get("versions", {})
+    print(heading(document))
+    for record in records:
         print("\n" + scenario_table(record))
     document["scenarios"] = records
     if options.json:
