@@ -1,4 +1,4 @@
-"""docs/performance.md: tables between markers, and plots beside it, from one document of the benchmark.
+"""docs/performance.md and docs/kernel.md: tables between markers, and plots beside it, from one document of the benchmark.
 
 A marker is `<!-- measured: NAME -->`, up to `<!-- end -->`; NAME is a key of `BLOCKS`. What a document did not measure stays.
 """
@@ -12,9 +12,10 @@ from typing import Any
 
 from bench import plot
 from bench.report import ROWS, heading, number, ratio
-from bench.scenarios import GROWTH, SCENARIOS, SINGLE, TWO
+from bench.scenarios import GROWTH, GUARDED, REFUSED_BY_KERNEL, SCENARIOS, SINGLE, TWO
 
 DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs")
+PAGES = ("performance.md", "kernel.md")
 PEERS = ("haproxy", "haproxy splice", "nginx", "envoy")
 MARGIN = 0.02  # as far from 1 as nginx's ratio to itself may be
 QUIET, BUSY = 1.0, 5.0  # load averages before and during a run; the benchmark alone makes 2 to 4
@@ -108,6 +109,16 @@ def _shares(records: Records, names: list[str]) -> str:
     return table(rows)
 
 
+def _beside(records: Records, names: list[str]) -> str:
+    """The kernel's part: what the whole machine spends, and rates, beside no firewall and beside HAProxy."""
+    rows = [["work", "system", "own CPU, µs", "whole machine, µs", "rate/s", "p50 µs", "gatekeeper's whole machine ÷ it", "rate ÷ it"]]
+    for name in names:
+        for system, figures in records[name]["systems"].items():
+            costs = [number(figures[key]["median"]) for key in ("cpu_us", "machine_us", "rate", "p50_us")]
+            rows.append([name, system, *costs, *(ratio(records[name][key].get(system)) for key in ("machine_ratios", "rate_ratios"))])
+    return table(rows)
+
+
 def _growth(records: Records, names: list[str]) -> str:
     titled: Records = {}
     for name in names:
@@ -140,6 +151,7 @@ BLOCKS = {
     "nginx to itself": _of(SCENARIOS, _itself),
     "two workers": _of(TWO, _costs),
     "growth": _of(GROWTH, _growth),
+    "kernel": _of((REFUSED_BY_KERNEL, *GUARDED), _beside),
     **{name: _own(name) for name in ROWS},
 }
 
@@ -202,13 +214,13 @@ def plots(document: dict[str, Any]) -> dict[str, str]:
 
 
 def write_documents(document: dict[str, Any], docs: str = DOCS) -> list[str]:
-    """Fill docs/performance.md, write plots and the document itself into docs/performance/; return the paths written."""
+    """Fill the pages that have figures, write plots and the document itself into docs/performance/; return the paths written."""
     folder = os.path.join(docs, "performance")
     os.makedirs(folder, exist_ok=True)
-    page = os.path.join(docs, "performance.md")
-    with open(page) as file:
-        text = file.read()
-    files = {page: fill(text, document), os.path.join(folder, "measured.json"): json.dumps(document, indent=1) + "\n"}
+    files = {os.path.join(folder, "measured.json"): json.dumps(document, indent=1) + "\n"}
+    for page in filter(os.path.exists, (os.path.join(docs, name) for name in PAGES)):
+        with open(page) as file:
+            files[page] = fill(file.read(), document)
     files |= {os.path.join(folder, name): svg for name, svg in plots(document).items()}
     for path, content in files.items():
         with open(path, "w") as file:

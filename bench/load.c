@@ -2,7 +2,7 @@
  * Load generator and echo backend of the benchmark; bench/native.py compiles and drives it.
  *
  *   load backend HOST TCP_PORT UDP_PORT     TCP and UDP echo
- *   load MODE HOST:PORT CLIENTS [SIZE]      connect-close | round-trip | up | down | both | refused | idle | udp
+ *   load MODE HOST:PORT CLIENTS [SIZE]      connect-close | round-trip | up | down | both | refused | idle | udp | strangers
  *
  * Each prints {"ready": true}, a generator once its connections stand. For a generator each line "SECONDS MAX_UNITS" on stdin is then
  * one turn, answered by one JSON line when everything under way has ended; connections stay open between turns. It ends with stdin.
@@ -48,5 +48,6 @@ int main(int argc, char **argv) {
         fprintf(stderr, "load: 1 to 50000 clients and 1 to 1400 bytes\n");
         return 2;
     }
+    if (strcmp(argv[1], "strangers") == 0) return strangers(target);
     return strcmp(argv[1], "udp") == 0 ? udp_clients(target, clients, size) : tcp_clients(argv[1], target, clients, size);
 }

@@ -75,6 +75,7 @@ static inline struct sockaddr_in loopback(const char *text) {
 int backend(const char *host, const char *tcp_port, const char *udp_port);
 int tcp_clients(const char *mode, struct sockaddr_in target, unsigned clients, unsigned size);
 int udp_clients(struct sockaddr_in target, unsigned clients, unsigned size);
+int strangers(struct sockaddr_in target);
 
 /* One turn as the other side of the pipe asked for it: "SECONDS MAX_UNITS". False at end of file. */
 struct turn {

@@ -13,7 +13,7 @@ from typing import Any
 from bench.processes import BenchError, free_port, stop
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES = ("load.c", "backend.c", "clients.c", "datagrams.c")
+SOURCES = ("load.c", "backend.c", "clients.c", "datagrams.c", "strangers.c")
 
 
 def compile_load(directory: str) -> str:

@@ -14,7 +14,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from bench.native import Backend
 from bench.processes import BenchError, echoes, family, free_port, stop, wait_until
@@ -25,7 +27,12 @@ WORKER_ALONE = (
     "-m bench.worker_alone --tcp {tcp} --udp {udp} --refused {refused} "
     "--backend-tcp {backend_tcp} --backend-udp {backend_udp}"
 )
+HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NGINX_STREAM = ("/usr/lib/nginx/modules/ngx_stream_module.so", "/usr/lib64/nginx/modules/ngx_stream_module.so")
+
+
+def _here(work: Callable[..., Any], *arguments: Any) -> Any:
+    return work(*arguments)
 
 
 @dataclass
@@ -38,6 +45,7 @@ class System:
     ports: dict[str, int]
     process: subprocess.Popen[bytes] | None = None
     roles: frozenset[str] = frozenset()  # what must be running for a turn to count
+    inside: Callable[..., Any] = _here  # calls something where the system can be reached from
 
     def pids(self) -> list[int]:
         """All its processes now; none for the direct way."""
@@ -70,8 +78,10 @@ def output(*command: str) -> str:
     return (done.stdout + done.stderr).strip()
 
 
-def start(name: str, command: list[str], directory: str, port: int, cwd: str | None = None) -> subprocess.Popen[bytes]:
-    """Start ``command`` and wait until a byte comes back through ``port``; what it says goes to a file there."""
+def start(
+    name: str, command: list[str], directory: str, port: int, cwd: str | None = None, ready: Callable[[], bool] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start ``command`` and wait until it is ``ready`` (default: a byte comes back through ``port``); what it says goes to a file there."""
     said = os.path.join(directory, f"{name}.out")
     with open(said, "wb") as out:
         # Each in a session of its own, as services are: the kernel's autogroups treat them alike, and Ctrl-C is ours.
@@ -80,7 +90,7 @@ def start(name: str, command: list[str], directory: str, port: int, cwd: str | N
             env=os.environ | {"GATEKEEPER_CONTROL": "off"},  # this host's own gatekeeper keeps its place
         )  # fmt: skip
     try:
-        wait_until(name, lambda: echoes(port), process)
+        wait_until(name, ready or (lambda: echoes(port)), process)
     except BenchError as err:
         stop(process)
         with open(said, errors="replace") as file:
@@ -206,12 +216,11 @@ def start_gatekeeper(backend: Backend, directory: str, workers: int, command: st
     ``{backend_udp}`` for the ports in it, so that a worker can be driven without reading YAML.
     """
     ports = ports_for("tcp", "udp", "refused", "metrics")
-    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = write(directory, "gatekeeper.yaml", rule_file(ports, backend, directory, workers))
     line = shlex.split(command or f"{shlex.quote(sys.executable)} {RUN}")
     places = {"config": path, "backend_tcp": backend.tcp, "backend_udp": backend.udp, **ports}
     words = [re.sub(r"\{(\w+)\}", lambda found: str(places.get(found[1], found[0])), word) for word in line]
-    process = start("gatekeeper", words, directory, ports["tcp"], cwd=home)
+    process = start("gatekeeper", words, directory, ports["tcp"], cwd=HOME)
     told = "import gatekeeper, platform; print(gatekeeper.__version__, 'on Python', platform.python_version())"
     version = output(sys.executable, "-c", told)
     roles = frozenset() if command else frozenset({"supervisor", "worker", "observer"})

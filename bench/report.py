@@ -125,7 +125,16 @@ def _verdict(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-ROWS = {"idle": _idle, "fairness": _fairness, "syscalls": _calls, "where": _where, "load": _load, "verdict": _verdict}
+def _kernel_table(record: dict[str, Any]) -> list[list[str]]:
+    rows = [["networks", "verdict ns", "best turn", "same source again", "load ms", "swap ms", "MB", "instructions", "IPv6: load ms", "MB"]]
+    for one in record["sizes"]:
+        times = [f"{one[key]:.0f}" for key in ("verdict_ns", "best_ns", "hot_ns")]
+        program = [f"{one['load_ms']:.1f}", f"{one['swap_ms']:.3f}", f"{one['memory_mb']:.1f}", str(one["instructions"])]
+        rows.append([f"{one['networks']:,}", *times, *program, f"{one['load_v6_ms']:.1f}", f"{one['memory_v6_mb']:.1f}"])
+    return rows
+
+
+ROWS = {"kernel-table": _kernel_table, "idle": _idle, "fairness": _fairness, "syscalls": _calls, "where": _where, "load": _load, "verdict": _verdict}
 
 
 def scenario_table(record: dict[str, Any]) -> str:
@@ -134,8 +143,9 @@ def scenario_table(record: dict[str, Any]) -> str:
         return "\n".join([f"{record['name']}: {record['title']}", *_columns(ROWS[record["name"]](record))])
     scale, unit = (1000, "ms") if record["unit"] == "GB" else (1, "µs")
     subject = record["subject"]
+    rated = not all(record["ratios"].get(name) for name in record["systems"] if name != subject)
     header = [f"CPU {unit}/{record['unit']}", "whole machine", "rate/s", "p50 µs", "p99 µs", "lost", "errors", "cores"]
-    rows = [["", *header, f"{subject} ÷ it [p10-p90]", "machine"]]
+    rows = [["", *header, f"{subject} ÷ it [p10-p90]", "machine", *(["rate"] if rated else [])]]
     for name, figures in record["systems"].items():
         cpu, whole = figures["cpu_us"], figures["machine_us"]
         medians = [number(figures[key]["median"]) for key in ("rate", "p50_us", "p99_us")]
@@ -144,6 +154,7 @@ def scenario_table(record: dict[str, Any]) -> str:
         rows.append([
             name, number(cpu["median"] / scale), number(whole["median"] / scale), *medians, *counts,
             ratio(record["ratios"].get(name)), f"{machine_ratio['median']:.3f}" if machine_ratio else "",
+            *([ratio(record["rate_ratios"].get(name))] if rated else []),
         ])  # fmt: skip
     lines = [f"{record['name']}: {record['title']}", *_columns(rows)]
     shares = record["systems"].get(subject, {}).get("shares", {})

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from bench import tables
+from bench import kernel, tables
 from bench.beside import fairness
 from bench.document import write_documents
 from bench.envoy import start_envoy
@@ -30,10 +30,24 @@ from bench.peers import (
 )
 from bench.processes import BenchError
 from bench.report import heading, machine, scenario_table
-from bench.scenarios import CALLS, FAIRNESS, GROUPS, IDLE, LOAD, NAMES, SCENARIOS, VERDICT, WHERE, Scenario, that_fit
+from bench.scenarios import (
+    CALLS,
+    FAIRNESS,
+    GROUPS,
+    IDLE,
+    KERNEL,
+    LOAD,
+    NAMES,
+    SCENARIOS,
+    VERDICT,
+    WHERE,
+    Scenario,
+    that_fit,
+)
 from bench.syscalls import system_calls
 from bench.turns import compare, idle_memory
 from bench.where import where_it_goes
+from gatekeeper.errors import KernelError
 
 DEFAULT_PEERS = ("haproxy", "nginx", "envoy")
 
@@ -187,7 +201,19 @@ class Run:
         if VERDICT in self.wanted:
             progress("verdicts among many networks")
             self.done(tables.verdicts(rounds))
+        self.with_kernel([name for name in KERNEL if name in self.wanted])
         return self.document
+
+    def with_kernel(self, wanted: list[str]) -> None:
+        """Measure what the kernel does, where we may load programs."""
+        if not wanted or self.options.no_gatekeeper or self.options.gatekeeper:
+            return
+        options = self.options
+        try:
+            for record in kernel.measure(self.program, self.directory, options.turns, options.seconds, wanted, progress):
+                self.done(record)
+        except (BenchError, OSError, KernelError) as err:
+            print(f"left out: {', '.join(wanted)}: {err}", file=sys.stderr)
 
     def with_workers(self, workers: int, scenarios: list[Scenario], others: list[str]) -> None:
         """Start the systems with ``workers`` workers, and drive them."""

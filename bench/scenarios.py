@@ -60,7 +60,17 @@ SCENARIOS = (*SINGLE, *GROWTH, *TWO)
 # Measured in ways of their own.
 IDLE, FAIRNESS, CALLS, WHERE, LOAD, VERDICT = "idle", "fairness", "syscalls", "where", "load", "verdict"
 GROUPS = {"growth": tuple(one.name for one in GROWTH), "workers-2": tuple(one.name for one in TWO)}
-NAMES = (IDLE, *(scenario.name for scenario in SCENARIOS), FAIRNESS, CALLS, WHERE, LOAD, VERDICT)
+# Each system in a network namespace of its own: see `kernel`.
+REFUSED_BY_KERNEL = Scenario("kernel-refused", "refused", 32, "connection", "refused before there is a connection; 32 at once", port="refused")
+GUARDED = (
+    replace(CONNECT, name="guarded-connect", title=f"guarded: {CONNECT.title}"),
+    replace(TRIPS, name="guarded-round-trip-1", clients=1, title="guarded: 64 bytes there and back on 1 open connection"),
+    replace(TRIPS, name="guarded-round-trip", title=f"guarded: {TRIPS.title}"),
+)
+KERNEL_TABLE = "kernel-table"
+KERNEL = (*(scenario.name for scenario in (REFUSED_BY_KERNEL, *GUARDED)), KERNEL_TABLE)
+GROUPS["kernel"] = KERNEL
+NAMES = (IDLE, *(scenario.name for scenario in SCENARIOS), FAIRNESS, CALLS, WHERE, LOAD, VERDICT, *KERNEL)
 
 
 def that_fit(scenario: Scenario) -> Scenario:

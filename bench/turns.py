@@ -112,7 +112,7 @@ def compare(
     """Run ``scenario``; return its record for the JSON document.
 
     ``systems[name]`` holds the spread of each figure over the turns; ``ratios[name]`` holds the CPU of the first system over that of
-    ``name`` within each round, likewise ``machine_ratios`` for generator, system and backend together.
+    ``name`` within each round, likewise ``machine_ratios`` for generator, system and backend together, and ``rate_ratios``.
     """
     taking_part = views(systems, scenario)
     generators: dict[str, Generator] = {}
@@ -123,8 +123,10 @@ def compare(
             if view.name != AGAIN:
                 if scenario.idle:
                     progress(f"{scenario.name}: {scenario.idle} sessions through {view.name}")
-                    beside.append(Generator(program, "idle", view.port, scenario.idle))
-                generators[view.name] = Generator(program, scenario.mode, view.port, scenario.clients, scenario.size)
+                    beside.append(view.system.inside(Generator, program, "idle", view.port, scenario.idle))
+                generators[view.name] = view.system.inside(
+                    Generator, program, scenario.mode, view.port, scenario.clients, scenario.size
+                )
         for view in taking_part:  # nobody's first turn counts
             if view.name != AGAIN:
                 take_turn(view, generators[view.name], scenario, seconds)
@@ -145,7 +147,7 @@ def record(scenario: Scenario, taken: dict[str, list[Turn | None]]) -> dict[str,
     """Spreads and ratios of the turns; ``taken[name]`` has one entry a round."""
     subject = next(iter(taken), None)
     document: dict[str, Any] = asdict(scenario)
-    document.update(subject=subject, systems={}, ratios={}, machine_ratios={}, left_out={})
+    document.update(subject=subject, systems={}, ratios={}, machine_ratios={}, rate_ratios={}, left_out={})
     for name, turns in taken.items():
         done = [turn for turn in turns if turn]
         if len(done) < len(turns):
@@ -169,6 +171,7 @@ def record(scenario: Scenario, taken: dict[str, list[Turn | None]]) -> dict[str,
         if name != subject and pairs:
             if all(theirs.cpu_us for _ours, theirs in pairs):  # the direct way has no process of its own
                 document["ratios"][name] = spread([ours.cpu_us / theirs.cpu_us for ours, theirs in pairs])
+            document["rate_ratios"][name] = spread([ours.rate / theirs.rate for ours, theirs in pairs])
             document["machine_ratios"][name] = spread([ours.machine_us / theirs.machine_us for ours, theirs in pairs])
     if AGAIN in taken:
         itself = [one.cpu_us / two.cpu_us for one, two in zip(taken["nginx"], taken[AGAIN], strict=True) if one and two]

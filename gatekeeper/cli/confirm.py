@@ -16,7 +16,7 @@ from gatekeeper.cli.terminal import FINE, Command, Terminal
     json_keys=(
         ("policy, before", "digests of the policy that stays in force, and of the one before it"),
         ("judged, ended", "live sessions that were judged again, and those of them that were ended"),
-        ("not_judged_by", "workers that did not answer"),
+        ("not_judged_by", "workers that did not answer in time, and were ended with all their sessions"),
         ("saved", "whether it is the last good policy now"),
     ),
 )

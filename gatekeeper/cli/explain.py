@@ -54,7 +54,8 @@ def command(terminal: Terminal, file: str, source: str, port: str, to: str | Non
     """Say what would happen to a connection from SOURCE to PORT, which rule decides, and what nearly matched.
 
     PORT is TCP unless it says /udp. Exit code 0 when the connection is allowed at every address with this port, 1 when
-    not. FILE "-" is standard input. The file's own tests are not run.
+    not. FILE "-" is standard input. The file's own tests are not run. Bans stand above all rules, and are no part of the
+    file: `gatekeeper bans SOURCE` asks the daemon.
     """
     family, address = parse_source(source)
     number, protocol = parse_port(port)

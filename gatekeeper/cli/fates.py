@@ -1,6 +1,7 @@
-"""Which live sessions a reload would end: the workers' rule, applied beforehand.
+"""Which live sessions a reload would end: the daemon's rule, applied beforehand.
 
-Kept the same as `gatekeeper.proxy.census` and `gatekeeper.proxy.udp` do it. Held by tests/e2e/test_plan.py.
+Kept the same as `gatekeeper.proxy.census`, `gatekeeper.proxy.udp` and, for guarded listeners,
+`gatekeeper.supervisor.guarded` do it. Held by tests/e2e/test_plan.py.
 """
 
 from __future__ import annotations
@@ -40,18 +41,23 @@ class Candidate:
         meta = snapshot.meta
         self._snapshot = snapshot
         self._keeps = meta["settings"]["on_reload"] == "keep"
-        self._places = {
-            item["key"]: (item["row"], meta["listeners"][item["listener"]]["on_exit"] is not None)
-            for item in meta["endpoints"]
-        }
+        self._relayed: dict[str, int] = {}  # socket -> row
+        self._listening: dict[tuple[int, int, int], tuple[int, bool]] = {}  # family, address, port -> row, guarded
+        for item in meta["endpoints"]:
+            is_guarded = meta["listeners"][item["listener"]]["on_exit"] is not None
+            if not is_guarded:
+                self._relayed[item["key"]] = item["row"]
+            if item["protocol"] == "tcp" and item["family"]:
+                place = item["family"], int(ipaddress.ip_address(item["host"])), item["port"]
+                self._listening[place] = item["row"], is_guarded
 
     def fate(self, session: dict[str, Any]) -> Fate | None:
         """Return how a live session would end; ``None``: it goes on.
 
         A TCP session needs no listener any more, so one whose listener is closed goes on; a flow of UDP does.
         """
-        row, is_guarded = self._places.get(f"{session['proto'].lower()}:{session['endpoint']}", (None, None))
-        if row is None or is_guarded is not (session["path"] == "guard"):
+        row = self._row(session)
+        if row is None:
             is_flow = session["proto"] == "UDP" and session["path"] == "relay"
             return Fate(session, "removed") if is_flow else None
         if self._keeps:
@@ -61,6 +67,15 @@ class Candidate:
             return None
         _, rule, action, _ = self._snapshot.meta["details"][word >> DETAIL_SHIFT]
         return Fate(session, "revoked", action, None if rule is None else self._snapshot.meta["rules"][rule]["name"])
+
+    def _row(self, session: dict[str, Any]) -> int | None:
+        """Return the row that judges a session: by its socket, or, where the service has the socket, by its address."""
+        if session["path"] == "relay":
+            return self._relayed.get(f"{session['proto'].lower()}:{session['endpoint']}")
+        address = ipaddress.ip_address(session["dest_ip"])
+        own = self._listening.get((address.version, int(address), session["dest_port"]))
+        found = own or self._listening.get((address.version, 0, session["dest_port"]))
+        return found[0] if found is not None and found[1] else None
 
     def _class_of(self, source: str | None) -> int:
         if source is None:

@@ -30,7 +30,7 @@ class LogGroup(click.Group):
     """The group `log`, whose help is laid out like that of every command."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        write_examples(formatter, EXAMPLES)
+        write_examples(formatter, EXAMPLES[:2])
         super().format_help(ctx, formatter)
 
 

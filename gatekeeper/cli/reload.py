@@ -24,7 +24,7 @@ PATIENCE_S = 300.0  # for the slowest step, of which the daemon says nothing: co
         ("changed", "false when the file holds the policy that was in force already"),
         ("policy, before", "digests of the policy in force, and of the one before it"),
         ("judged, ended", "live sessions that were judged again, and those of them that were ended"),
-        ("not_judged_by", "workers that did not answer"),
+        ("not_judged_by", "workers that did not answer in time, and were ended with all their sessions"),
         ("listeners_opened, listeners_closed", "[{listener, protocol, address}]"),
         ("confirm_within_s", "with --confirm: seconds; else null"),
         ("saved", "whether it is the last good policy now, with which the service starts when the file is broken"),
@@ -68,4 +68,4 @@ def tell_sessions(terminal: Terminal, result: dict[str, Any]) -> None:
     if result.get("judged"):
         terminal.print(f"{count(result['judged'], 'live session')} judged again, {result['ended']} ended")
     for worker in result.get("not_judged_by", ()):
-        terminal.note(f"worker {worker} did not say whether it has ended the sessions that are now refused")
+        terminal.note(f"worker {worker} did not say whether it has ended the sessions that are now refused, and was ended")

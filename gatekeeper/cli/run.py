@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 
 import click
 
@@ -58,4 +59,7 @@ def command(file: str, workers: int | None, drain_timeout: float, control: str |
     from gatekeeper.supervisor.log import Log  # noqa: PLC0415 - for this command alone
     from gatekeeper.supervisor.supervisor import Options, Supervisor  # noqa: PLC0415
 
-    return Supervisor(Options(file, workers, drain_timeout, control or None, state or None, watch), Log()).run()
+    code = Supervisor(Options(file, workers, drain_timeout, control or None, state or None, watch), Log()).run()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # all is done: another one must not change how it ended
+    return code

@@ -25,6 +25,7 @@ from gatekeeper.cli.terminal import FINE, NO, Command, Terminal
         ("last_good", "true when the rule file was of no use at the start, and the last good policy is in force"),
         ("save_error", "why the policy in force could not be saved in the state directory, or null"),
         ("kernel", "true when the kernel refuses, before there is a connection"),
+        ("bans", "how many bans are in force"),
         ("workers", "[{index, pid, alive, serving, restarts, uptime_s}]"),
         ("listeners", "[{name, protocol, path, addresses, backends, sessions, opened, bytes_in, bytes_out, ...}]"),
         ("verdicts", "[{listener, action, rule, reason, count, kernel_attempts}]: those that were given"),

@@ -62,7 +62,8 @@ def status_lines(status: dict[str, Any]) -> list[Text]:
         Text.assemble(
             (state, f"bold {COLOURS.get(state, 'red')}"),
             f" for {duration(status['uptime_s'])}, pid {status['pid']}, gatekeeper {status['version']}, {workers}"
-            f"{', the kernel refuses' if status['kernel'] else ''}",
+            f"{', the kernel refuses' if status['kernel'] else ''}"
+            f"{', ' + count(status['bans'], 'ban') if status.get('bans') else ''}",
         ),
         Text(f"policy {str(status['policy'])[:12]} from {status['rules']}, in force since {moment(reload['at'])}"),
     ]

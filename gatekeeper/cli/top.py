@@ -133,7 +133,7 @@ def frame(before: dict[str, Any], now: dict[str, Any], most: int) -> dict[str, A
             for item in now.get("listeners", ())
         ],
         "refusals": sorted(refusals, key=lambda item: (item["per_s"], item["count"]), reverse=True)[:most],
-        "newest": sorted(now["rows"], key=lambda row: row["began"], reverse=True)[:most],
+        "newest": sorted(now["rows"], key=lambda row: (row["began"], row["flow_id"]), reverse=True)[:most],
         "busiest": sorted(busiest, key=lambda row: (row["per_s"], row["bytes"]), reverse=True)[:most],
         "status": {name: value for name, value in now.items() if name != "rows"},
     }

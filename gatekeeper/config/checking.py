@@ -11,7 +11,7 @@ from gatekeeper.config.loader import Loaded, load
 from gatekeeper.config.problems import Problem, Severity
 from gatekeeper.config.reading import writable_by
 from gatekeeper.policy.model import Place
-from gatekeeper.policy.prove import proves_nothing, run_tests
+from gatekeeper.policy.prove import prove
 from gatekeeper.progress import Tell, silent
 
 
@@ -29,11 +29,11 @@ def check(path: str, text: bytes | None = None, tell: Tell = silent) -> Loaded:
         tell("looking for rules that never decide", 0, 0)
         problems += lint(config.policy)
         tell("proving tests", 0, 0)
-        errors = [_error(failure.place, failure.message) for failure in run_tests(config.policy)]
+        proof = prove(config.policy)
+        errors = [_error(failure.place, failure.message) for failure in proof.failures]
         errors += [
             _error(test.place, 'this test proves nothing: no source of it can reach its "to", correct one of them')
-            for test in config.policy.tests
-            if proves_nothing(config.policy, test)
+            for test in proof.empty
         ]
         problems += errors
         config = None if errors else config

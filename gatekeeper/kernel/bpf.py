@@ -43,13 +43,14 @@ NO_PREALLOC = 1
 _SK_LOOKUP_TYPE = 30
 _SK_LOOKUP_ATTACH = 36
 
-_NUMBERS = {"x86_64": 321, "aarch64": 280}
+NUMBERS = {"x86_64": 321, "aarch64": 280}  # of the system call
 _NAME = b"gatekeeper"
 # None of the helpers we call asks for the GPL.
 _LICENSE = b"Apache-2.0"
 _LOG_BYTES = 1 << 20
 _LOG_SHOWN_BYTES = 4000  # its end says what is wrong
 _PROGRAM_INFO_BYTES = 208
+_MAP_INFO_BYTES = 80
 _LINK_INFO_BYTES = 32  # type, id, program id, then what depends on the type
 _MAP_IDS_AT = 52  # in struct bpf_prog_info: their number, then where to write them
 _RUN_TIME_AT = 192  # in struct bpf_prog_info: run_time_ns, then run_cnt
@@ -228,6 +229,11 @@ def namespace_of(link: int) -> int:
     return int(struct.unpack_from("=IIIxxxxI", _info(link, _LINK_INFO_BYTES))[3])
 
 
+def map_id(fd: int) -> int:
+    """Return the id of a map."""
+    return int(struct.unpack_from("=II", _info(fd, _MAP_INFO_BYTES))[1])
+
+
 def program_id(program: int) -> int:
     """Return the id of a program."""
     return int(struct.unpack_from("=II", _info(program, _PROGRAM_INFO_BYTES))[1])
@@ -318,7 +324,7 @@ def _bpf(command: int, attributes: bytes, what: str) -> int:
 
 
 def _call(command: int, attributes: ctypes.Array[ctypes.c_char], what: str) -> int:
-    number = _NUMBERS.get(platform.machine())
+    number = NUMBERS.get(platform.machine())
     if number is None:
         raise OSError(errno.ENOSYS, f"{what}: not on {platform.machine()}")
     result = int(_libc.syscall(

@@ -56,6 +56,10 @@ class Common:
             self.close()
             raise
 
+    def holes(self) -> list[int]:
+        """Return the descriptors of the black holes: while they are open, what is dropped meets silence."""
+        return [hole.fileno() for hole in self._holes]
+
     def close(self) -> None:
         """Close everything; a pinned program refuses at once what it used to drop."""
         for hole in self._holes:

@@ -22,7 +22,6 @@ from os import read, splice, write
 from typing import TYPE_CHECKING
 
 from gatekeeper.proxy.loop import READ, WRITE
-from gatekeeper.snapshot.counters import End
 
 if TYPE_CHECKING:
     from gatekeeper.proxy.pipes import Pipe
@@ -36,7 +35,6 @@ ERROR = select.EPOLLERR
 HANGUP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 EDGE = READ | select.EPOLLRDHUP | select.EPOLLET
 UNWATCHED = -1
-FINISHED = End.FINISHED
 SHUT_WR = _socket.SHUT_WR
 
 
@@ -204,7 +202,7 @@ class Leg:
         self.ended = self.done = True
         other = self.other
         if other.done:
-            self.session.finish(FINISHED)
+            self.session.part()
             return
         try:
             other.socket().shutdown(SHUT_WR)

@@ -1,6 +1,7 @@
 """One TCP session: from the dial to its last account.
 
 dialing ──► relaying ──► finished
+   │           ├──► parting: both legs have ended, and one still reads ──► finished
    │           └──► delivering: one leg was reset; the other gets what had arrived, then a reset too ──► finished
    └──► finished: the backend could not be reached
 """
@@ -11,10 +12,8 @@ import _socket
 import errno
 import os
 import struct
-import sys
-import termios
 import time
-from fcntl import ioctl
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gatekeeper.proxy import tcp_info
@@ -22,6 +21,7 @@ from gatekeeper.proxy.accounts import SESSIONS_OPENED, count_bytes, count_dial, 
 from gatekeeper.proxy.delivery import Delivery
 from gatekeeper.proxy.dial import LOST, Dial, Retry
 from gatekeeper.proxy.loop import WRITE
+from gatekeeper.proxy.parting import Parting, unread
 from gatekeeper.proxy.relay import CHUNK_BYTES, EDGE, UNWATCHED, Leg
 from gatekeeper.snapshot.counters import Cause, End
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 LINGER_DEFAULT = struct.pack("ii", 0, 0)  # deliver in the background, then FIN
 LINGER_RESET = struct.pack("ii", 1, 0)  # close at once, with a reset
+GIVEN_UP = End.HALF_CLOSE_TIMEOUT
+NEGLIGIBLE_BYTES = 1 << 12  # with so little moved altogether nobody has a full buffer
+PATIENCE = 10  # half-close timeouts in which a reader that was told the end takes nothing, until it is given up
 RESETS = {End.CLIENT_RESET, End.BACKEND_RESET, End.REVOKED, End.CUT, End.BANNED}  # both sides get one
 
 
@@ -193,6 +196,22 @@ class TcpSession:
         self.active_s = self.gate.shared.loop.now
         self.idle_limit_s = self.terms.half_close_timeout_s
 
+    def part(self) -> None:
+        """Both sides have ended: finish, once they have taken everything."""
+        client, backend = self.client, self.backend
+        if client.received + backend.received <= NEGLIGIBLE_BYTES or not (unread(client) or unread(backend)):
+            self.finish(End.FINISHED)
+            return
+        shared = self.gate.shared
+        for leg in (client, backend):
+            if leg.interest != UNWATCHED:
+                leg.watch(UNWATCHED)
+            shared.loop.handlers.pop(leg.fd, None)
+            with suppress(OSError):  # told before, or gone
+                leg.socket().shutdown(_socket.SHUT_WR)
+        self.half_closed()
+        shared.due[client.fd] = Parting(self)
+
     def lose(self, leg: Leg) -> None:
         """``leg`` was reset: deliver what had come from it, then reset the other one."""
         shared = self.gate.shared
@@ -214,7 +233,7 @@ class TcpSession:
         waiting = self.gate.shared.due.get(client.fd)
         if isinstance(waiting, Delivery):
             return "resetting"
-        if waiting is not None or backend is client:
+        if (waiting is not None and not isinstance(waiting, Parting)) or backend is client:
             return "dialing"
         for leg, state in ((client, "client_closed"), (backend, "backend_closed")):
             # The end of one that sends more than the other takes is in the kernel, where we have not read it yet.
@@ -264,14 +283,15 @@ class TcpSession:
                 self.undelivered = left
                 self.active_s = now
                 return
+            if left and (self.client.done or self.backend.done) and now - self.active_s < PATIENCE * self.idle_limit_s:
+                return  # it may sleep; were we to go, the kernel would soon give it up without a word
             self.finish(End.HALF_CLOSE_TIMEOUT if self.client.done or self.backend.done else End.IDLE_TIMEOUT)
 
     def count_undelivered(self) -> int:
         """Return how many bytes the two sides have not taken yet, in our hands and in the kernel's."""
         waiting = 0
         for leg in {self.client, self.backend}:
-            in_kernel = ioctl(leg.fd, termios.TIOCOUTQ, bytes(4))
-            waiting += int.from_bytes(in_kernel, sys.byteorder) + leg.piped + len(leg.pending or b"")
+            waiting += unread(leg) + leg.piped + len(leg.pending or b"")
         return waiting
 
     def finish(self, end: End, cause: Cause | None = None) -> None:
@@ -288,8 +308,8 @@ class TcpSession:
         for leg in legs:
             handlers.pop(leg.fd, None)
             # A side that was told the end has a whole stream and may still be reading it: only a reset of the
-            # other side, which can not take its answer any more, is worth another.
-            if end in RESETS or (end is not End.FINISHED and not leg.other.done):
+            # other side, which can not take its answer any more, is worth another. Or that it has not read for too long.
+            if end in RESETS or (end is not End.FINISHED and not leg.other.done) or (end is GIVEN_UP and unread(leg)):
                 leg.socket().setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, LINGER_RESET)
             shared.loop.closing.append(leg.release())
         for leg in legs:

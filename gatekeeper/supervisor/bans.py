@@ -49,13 +49,16 @@ class Bans:
     Owns ``crew.bans_fd``, the table that workers are given when they start.
     """
 
-    def __init__(self, loop: Loop, log: Log, crew: Crew, kernel: Enforcer | None, directory: str | None) -> None:
+    def __init__(
+        self, loop: Loop, log: Log, crew: Crew, kernel: Enforcer | None, directory: str | None, found: BanList
+    ) -> None:
+        """``found``: what `take_up` has found, which the kernel has been told already."""
         self._loop = loop
         self._log = log
         self._crew = crew
         self._kernel = kernel
         self._directory = directory
-        self._list = BanList()
+        self._list = found
         self._saved = directory is not None
         self._not_before = 0.0  # when the table may be made again
         self._due: Timer | None = None
@@ -66,31 +69,19 @@ class Bans:
     def __len__(self) -> int:
         return len(self._list)
 
-    def begin(self, handed_over: str | None = None) -> None:
-        """Take up the bans of an earlier run, before any worker starts: from ``handed_over`` (`dump`), else from the file.
-
-        A file that makes no sense is kept under another name, and said to be so; the service starts without bans.
+    def begin(self) -> None:
+        """Put the bans of before in force, before any worker starts.
 
         Raises:
             OSError: no memory, or no descriptor.
         """
-        try:
-            if handed_over is not None:
-                self._list = BanList.parse(handed_over)
-            elif self._directory is not None:
-                self._list = banlist.read(self._directory)
-        except (banlist.BanFileError, OSError) as err:
-            self._set_aside(err)
-        self._list.expire(time.time())
         if len(self._list):
             self._log.info(f"{_count(len(self._list))} in force")
-            data = self._make()
-            self._hand_out(data)
-            self._tell_kernel()
+            self._hand_out(self._make())
         self._watch_time()
 
     def dump(self) -> str:
-        """Return all bans as text, for `begin` in a process that takes over."""
+        """Return all bans as text, for `take_up` in a process that takes over."""
         return self._list.dump()
 
     def close(self) -> None:
@@ -259,24 +250,39 @@ class Bans:
                 self._log.info(f"bans are saved in {self._directory} again")
             self._saved = True
 
-    def _set_aside(self, err: Exception) -> None:
-        self._list = BanList()
-        if self._directory is None:
-            self._log.error(f"the bans that were handed over cannot be read, nobody is banned: {err}")
-            return
-        path = os.path.join(self._directory, banlist.FILE)
-        text = f"{path} cannot be read, nobody is banned: {err}"
-        try:
-            banlist.set_aside(self._directory)
-            text += f"; it is kept as {banlist.BROKEN}"
-        except OSError as also:
-            text += f"; it cannot be set aside either: {also.strerror}"
-        self._log.error(text)
-
     def _report(self, event_type: str, bans: Sequence[Ban], **more: Any) -> None:
         """Let the audit log have it, in as many lines as it takes."""
         for first in range(0, len(bans), MOST_IN_EVENT):
             self._crew.event(event_type, sources=[ban.text for ban in bans[first : first + MOST_IN_EVENT]], **more)
+
+
+def take_up(log: Log, directory: str | None, handed_over: str | None = None) -> BanList:
+    """Return the bans of before: from ``handed_over`` (`Bans.dump`), else from the file in ``directory``.
+
+    A file that makes no sense is kept under another name, and said to be so; the service starts without bans.
+    """
+    found = BanList()
+    try:
+        if handed_over is not None:
+            found = BanList.parse(handed_over)
+        elif directory is not None:
+            found = banlist.read(directory)
+    except (banlist.BanFileError, OSError) as err:
+        log.error(_set_aside(err, None if handed_over is not None else directory))  # noqa: TRY400 - not logging
+    found.expire(time.time())
+    return found
+
+
+def _set_aside(err: Exception, directory: str | None) -> str:
+    """Keep what could not be read; return what has happened, in words."""
+    if directory is None:
+        return f"the bans that were handed over cannot be read, nobody is banned: {err}"
+    text = f"{os.path.join(directory, banlist.FILE)} cannot be read, nobody is banned: {err}"
+    try:
+        banlist.set_aside(directory)
+    except OSError as also:
+        return f"{text}; it cannot be set aside either: {also.strerror}"
+    return f"{text}; it is kept as {banlist.BROKEN}"
 
 
 def _sources(request: Request) -> list[Source]:

@@ -16,6 +16,7 @@ from gatekeeper.supervisor.control import BadRequest
 from gatekeeper.supervisor.sessions import FILTERS, MOST_COUNTED, Names, Wanted
 
 if TYPE_CHECKING:
+    from gatekeeper.supervisor.bans import Bans
     from gatekeeper.supervisor.control import Control, Request
     from gatekeeper.supervisor.crew import Crew
     from gatekeeper.supervisor.enforcing import Enforcer
@@ -31,13 +32,16 @@ PATIENCE_S = 20.0  # with workers that go through their sessions
 class Operators:
     """The requests status, policy, sessions, cut and tail. Sessions of guarded listeners, which no worker has, are ``kernel``'s."""
 
-    def __init__(self, control: Control, crew: Crew, standing: Standing, kernel: Enforcer | None, rules_path: str) -> None:
+    def __init__(
+        self, control: Control, crew: Crew, standing: Standing, kernel: Enforcer | None, bans: Bans, rules_path: str
+    ) -> None:
         """Let the control socket know what is answered here."""
         self._names = Names(0, None)
         self._tails = 0
         self._control = control
         self._crew = crew
         self._kernel = kernel
+        self._bans = bans
         self._standing = standing
         self._rules_path = os.path.abspath(rules_path)
         control.handlers |= {
@@ -65,6 +69,7 @@ class Operators:
                 "at": state["last_reload_timestamp"],
                 "error": state["last_reload_error"],
             },
+            "bans": len(self._bans),
             "unconfirmed": state["unconfirmed"],
             "last_good": state["last_good"],
             "save_error": state["save_error"],

@@ -127,6 +127,11 @@ class Control:
         """Let the service log say who has done what."""
         self._log.info(f"uid {request.peer.uid} (pid {request.peer.pid}) {what}")
 
+    def make_room(self) -> None:
+        """Drop whoever has most to read, while all together keep too much of our memory."""
+        while sum(client.unsent_bytes for client in self.clients) > self.limits.all_unsent_bytes:
+            max(self.clients, key=lambda client: client.unsent_bytes).drop()
+
     def wait_s(self, uid: int) -> float:
         """Take one request from what a user may send; return how long it must wait for that."""
         now, rate_per_s, burst = time.monotonic(), self.limits.rate_per_s, self.limits.burst

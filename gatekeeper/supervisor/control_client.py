@@ -36,7 +36,8 @@ class Limits:
     burst: float = 100.0
     idle_s: float = 30.0  # without a whole request
     stuck_s: float = 10.0  # with an answer of which nothing is taken
-    unsent_bytes: int = 16 << 20  # of one client: about 40,000 sessions ahead of a reader that is slow for a moment
+    unsent_bytes: int = 64 << 20  # of one client: about 130,000 sessions ahead of a reader that is slow for a moment
+    all_unsent_bytes: int = 128 << 20
 
 
 class BadRequest(GatekeeperError):
@@ -110,7 +111,7 @@ class Client:
         self._received = bytearray()
         self._fds: list[int] = []
         self._unsent: deque[tuple[memoryview, list[int]]] = deque()
-        self._unsent_bytes = 0
+        self.unsent_bytes = 0
         self._request: Request | None = None
         self._progressed = time.monotonic()
         self._advancing = False
@@ -135,12 +136,14 @@ class Client:
         try:
             self._unsent.append((memoryview(data), [os.dup(fd) for fd in fds]))
         except OSError:
-            self._drop()
+            self.drop()
             return
-        self._unsent_bytes += len(data)
+        self.unsent_bytes += len(data)
         self._flush()
-        if self._unsent_bytes > self._control.limits.unsent_bytes:
-            self._drop()
+        if self.unsent_bytes > self._control.limits.unsent_bytes:
+            self.drop()
+        elif self._unsent:
+            self._control.make_room()
         self._watch()
 
     def check(self, now: float) -> None:
@@ -148,7 +151,7 @@ class Client:
         silent_s = now - self._progressed
         if self._unsent:
             if silent_s > self._control.limits.stuck_s:
-                self._drop()
+                self.drop()
         elif self._request is None and not self._paused and silent_s > self._control.limits.idle_s:
             self.close()
 
@@ -164,11 +167,13 @@ class Client:
         for _data, fds in self._unsent:
             _close(fds)
         self._unsent.clear()
+        self.unsent_bytes = 0
         if self._request is not None:
             request, self._request = self._request, None
             request.close()
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Hang up on a client that went past a bound."""
         self._control.dropped += 1
         self.close()
 
@@ -208,7 +213,7 @@ class Client:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds.extend(memoryview(payload[: len(payload) // 4 * 4]).cast("i"))
         if len(self._fds) > MOST_FDS:
-            self._drop()
+            self.drop()
             return
         if not data:
             self.close()
@@ -285,7 +290,7 @@ class Client:
                 return
             _close(fds)
             self._progressed = time.monotonic()
-            self._unsent_bytes -= sent
+            self.unsent_bytes -= sent
             if sent < len(data):
                 self._unsent[0] = data[sent:], []
                 return

@@ -117,6 +117,8 @@ def _give_to_group(path: str, gid: int) -> None:
     Raises:
         OSError: neither.
     """
+    if os.lstat(path).st_gid == gid:
+        return  # nothing to ask for: where the hardened units take chown away, the service's own group works
     try:
         os.chown(path, -1, gid, follow_symlinks=False)
     except PermissionError:

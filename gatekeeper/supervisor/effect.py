@@ -34,12 +34,12 @@ class Effect:
     def take(self, done: Callable[[dict[str, Any]], None]) -> None:
         """Judge live sessions again, unless the policy says not to, and save it; ``done`` gets what became of that.
 
-        {"judged", "ended": sessions, "not_judged_by": workers that did not answer, "saved": bool}
+        {"judged", "ended": sessions, "not_judged_by": workers that did not answer and were ended, "saved": bool}
         """
 
         def judged(found: Judged) -> None:
             for index in found.missing:
-                self._log.warning(f"worker {index} did not say whether it has ended the sessions that are now refused")
+                self._log.error(f"worker {index} did not say whether it has ended the sessions that are now refused; killing it")
             result = {"judged": found.judged, "ended": found.ended, "not_judged_by": list(found.missing)}
             self.save(lambda failure: done(result | {"saved": failure is None and self._directory is not None}))
 

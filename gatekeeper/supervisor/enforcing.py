@@ -57,6 +57,7 @@ class Enforcer:
         self._loop = loop
         self._warn = warn
         self._succeeds = left is not None
+        self._held: tuple[int, ...] = ()  # what the predecessor's program needs
         self._namespace = self._link = -1
         self._judge: Judge | None = None
         self._policy: Accepted | None = None
@@ -80,8 +81,8 @@ class Enforcer:
         memfd.seal_against_new_writers(self.counters_fd)
         if left is not None:
             _go_on_counting(self._memory, left.counters)
-            for fd in (left.counters, *left.held):
-                os.close(fd)
+            os.close(left.counters)
+            self._held = left.held
         self._counters = memoryview(self._memory).cast("Q")
         self.events_out, self._events_in = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._events_in.setblocking(False)
@@ -157,6 +158,7 @@ class Enforcer:
             raise
         self._judge, self._policy = judge, policy
         self.sessions.follow(judge.snapshot, policy)
+        self._let_go_of_predecessor()
         self._settle()
         self._loop.watch(self._common.ring.fileno(), self._hear)
         self._loop.later(COUNT_EVERY_S, self._tick)
@@ -197,8 +199,13 @@ class Enforcer:
         self._settle()
 
     def left_behind(self) -> Kernel:
-        """Return what another program in our place needs, so that the program in force stays in force."""
-        return Kernel(Fd(self._link), Fd(self.counters_fd), self._flow, ())
+        """Return what another program in our place needs, so that the program in force stays in force.
+
+        What that refuses until the other one's takes over is not counted.
+        """
+        self._hear()
+        self._count_all()
+        return Kernel(Fd(self._link), Fd(self.counters_fd), self._flow, tuple(map(Fd, self._common.holes())))
 
     def ban(self, ranges: Iterable[tuple[int, int, int]]) -> None:
         """Refuse these (family, first, last) above all policies, and nobody else any more.
@@ -240,6 +247,7 @@ class Enforcer:
         for judge, _policy in [*self._leaving, *self._kept, *([(self._judge, None)] if self._judge is not None else [])]:
             judge.close()
         self._leaving, self._kept, self._judge = [], [], None
+        self._let_go_of_predecessor()
         self._common.close()
         self._counters.release()
         self._memory.close()
@@ -247,6 +255,11 @@ class Enforcer:
             os.close(fd)
         self._events_in.close()
         self.events_out.close()
+
+    def _let_go_of_predecessor(self) -> None:
+        for fd in self._held:
+            os.close(fd)
+        self._held = ()
 
     # -- what outlives us
 

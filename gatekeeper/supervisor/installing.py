@@ -29,14 +29,17 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.loop import Loop
     from gatekeeper.supervisor.worker import Worker
 
-REJUDGE_PATIENCE_S = 60.0
+REJUDGE_PATIENCE_S = 30.0
 BEHIND_S = 0.05  # until workers that came up during the change are looked at again
 MOST_COUNTED = 1 << 32  # sessions; workers say so themselves
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """How live sessions fared: how many were judged again and ended; ``missing``: workers that did not answer."""
+    """How live sessions fared: how many were judged again and ended; ``missing``: workers that did not answer in time.
+
+    Those are ended, and all their sessions with them: some of these may be sessions that the policy refuses.
+    """
 
     judged: int = 0
     ended: int = 0
@@ -180,9 +183,13 @@ class Installer:
             # The sessions of a worker that has ended have ended, too.
             now = {worker.index: worker.child for worker in self._everybody()}
             silent = {index for index in missing if index in now and now[index] is asked.get(index)}
+            late = tuple(sorted(behind | silent))
+            for child in map(now.get, late):
+                if child is not None:
+                    child.kill()
 
             def over(guarded: int, cut: int) -> None:
-                done(Judged(judged + guarded, ended + cut, tuple(sorted(behind | silent))))
+                done(Judged(judged + guarded, ended + cut, late))
 
             if self._enforcer is not None and self._enforcer.guards():
                 self._enforcer.rejudge(over)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gatekeeper import __version__
 from gatekeeper.errors import GatekeeperError
 from gatekeeper.kernel import privileges
+from gatekeeper.kernel.judge import Common, Judge
 from gatekeeper.proxy.gate import Prepared, Terms, ephemeral_ports
 from gatekeeper.snapshot.reader import Snapshot
 from gatekeeper.supervisor import child as children
@@ -46,6 +47,8 @@ def prove(asked: handover.Incoming, commands: Commands, log: Log) -> int:
         policy = Ground.of(left).policy
         BanList.parse(left.bans)
         _see_terms(policy)
+        if left.kernel is not None:
+            see_program(policy)
         why = _Rehearsal(commands, policy, log).run()
     except Exception as err:  # noqa: BLE001 - whatever it is, it is the answer
         why = str(err) if isinstance(err, GatekeeperError) else f"{type(err).__name__}: {err}"
@@ -62,6 +65,20 @@ def _see_terms(policy: Accepted) -> None:
     prepared = Prepared(policy.generation, snapshot, policy.bindings, ephemeral_ports())
     for index in range(len(policy.meta["endpoints"])):
         Terms(prepared, index)
+
+
+def see_program(policy: Accepted) -> None:
+    """See that the kernel takes the program that this version makes of a policy.
+
+    Raises:
+        OSError: it does not.
+    """
+    snapshot = Snapshot(memoryview(mmap.mmap(policy.snapshot_fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)))
+    common = Common()
+    try:
+        Judge(snapshot, policy.bindings.details, policy.bindings.rows, common).close()
+    finally:
+        common.close()
 
 
 class _Rehearsal:

@@ -136,7 +136,7 @@ class Names:
             "endpoint": endpoint.address,
             "backend": endpoint.backend,
             "state": row["state"],
-            "began": round(began, 3), "age_s": round(max(now - began, 0.0), 3), "idle_s": idle_s,
+            "began": round(began, 6), "age_s": round(max(now - began, 0.0), 3), "idle_s": idle_s,
             "bytes_in": row["bytes_in"], "bytes_out": row["bytes_out"],
             "client_tcp": _tcp(row.get("client")), "backend_tcp": _tcp(row.get("backend")),
         }  # fmt: skip

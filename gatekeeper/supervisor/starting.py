@@ -1,4 +1,4 @@
-"""With which policy the service starts: that of the rule file, or the last good one where the file is of no use."""
+"""With what the service starts: the policy of its rule file or the last good one, and the kernel, if it can be had."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gatekeeper.errors import GatekeeperError, SnapshotError
+from gatekeeper.errors import GatekeeperError, KernelError, SnapshotError
+from gatekeeper.kernel import privileges
 from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
 from gatekeeper.supervisor import lastgood, places
 from gatekeeper.supervisor.accepted import Accepted, accept
+from gatekeeper.supervisor.enforcing import Enforcer, leftover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from gatekeeper.supervisor.banlist import Source
     from gatekeeper.supervisor.compiling import Compiled
+    from gatekeeper.supervisor.handover import Kernel
+    from gatekeeper.supervisor.loop import Loop
 
 
 class NothingToStartWith(GatekeeperError):
@@ -61,6 +66,30 @@ def choose(compiled: Compiled, why: str, option: str | None, environment: Mappin
         if last_good is not None:
             last_good.close()
     return First(policy, directory)
+
+
+def enforce(
+    mode: str, policy: Accepted, banned: Iterable[Source], loop: Loop, warn: Callable[[str], None], left: Kernel | None = None
+) -> Enforcer | None:
+    """Let the kernel refuse, if that is wanted (``mode`` is the key `kernel`); ``None``: workers do it.
+
+    ``left``: what a predecessor in our place has left there.
+
+    Raises:
+        KernelError: it is required and cannot be had.
+    """
+    if mode != "off":
+        try:
+            return Enforcer.begin(loop, policy, alone=mode == "require", warn=warn, left=left, banned=banned)
+        except KernelError as err:
+            if mode == "require":
+                raise
+            warn(f"{err}; workers refuse instead")
+    path = leftover()
+    if path is not None:
+        warn(f"the policy of an earlier run is still in force in the kernel; to end it, remove {path}")
+    privileges.give_up(privileges.CAP_BPF)
+    return None
 
 
 def _last_good(directory: str | None, warn: Callable[[str], None]) -> Accepted | None:

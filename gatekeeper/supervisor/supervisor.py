@@ -17,20 +17,20 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gatekeeper.errors import GatekeeperError, KernelError, ListenError
+from gatekeeper.errors import GatekeeperError, ListenError
 from gatekeeper.kernel import inherit, privileges, steering
 from gatekeeper.kernel.notify import Notifier
 from gatekeeper.snapshot.bindings import SlotsExhausted
 from gatekeeper.supervisor import handover, listening, places, rehearsing, upgrading
 from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
 from gatekeeper.supervisor.asks import Ask
-from gatekeeper.supervisor.bans import Bans
+from gatekeeper.supervisor.bans import Bans, take_up
 from gatekeeper.supervisor.commands import Operators
 from gatekeeper.supervisor.compiling import Compiler, Known
 from gatekeeper.supervisor.control import Control
 from gatekeeper.supervisor.crew import Commands, Crew
 from gatekeeper.supervisor.effect import Effect
-from gatekeeper.supervisor.enforcing import Enforcer, leftover
+from gatekeeper.supervisor.enforcing import Enforcer
 from gatekeeper.supervisor.handover import HandoverError
 from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.lastgood import Disk
@@ -38,11 +38,12 @@ from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.reload_requests import ReloadRequests
 from gatekeeper.supervisor.reloading import Reloader
 from gatekeeper.supervisor.standing import Standing
-from gatekeeper.supervisor.starting import NothingToStartWith, choose
+from gatekeeper.supervisor.starting import NothingToStartWith, choose, enforce
 from gatekeeper.supervisor.succession import Estate, Ground
 from gatekeeper.supervisor.upgrading import Upgrader
 
 if TYPE_CHECKING:
+    from gatekeeper.supervisor.banlist import BanList
     from gatekeeper.supervisor.compiling import Compiled
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.watching import Watcher
@@ -164,8 +165,9 @@ class Supervisor:
             # Whoever opened them goes on taking connections there, and nobody would serve them.
             names = ", ".join(unused.describe() for unused in self._inherited)
             raise ListenError(f"no listener in {self._options.path} wants the inherited {names}")
-        self._enforcer = self._enforce(settings["kernel"], policy)
-        self._serve(Ground(policy, opener, http, settings, directory))
+        banned = take_up(self._log, directory)
+        self._enforcer = enforce(settings["kernel"], policy, banned.sources(), self._loop, self._log.warning)
+        self._serve(Ground(policy, opener, http, settings, directory), banned)
 
     def _take_over(self, state_fd: int) -> None:
         """Go on where another program in our place, of this version or another, has left off."""
@@ -177,11 +179,15 @@ class Supervisor:
             self._standing = Standing.after(left.past)
             if self._watcher is not None:
                 self._early = Ask("watch")  # what has changed meanwhile, and which files to watch
-            self._serve(ground, left)
+            banned = take_up(self._log, ground.directory, left.bans)
+            if left.kernel is not None:
+                mode, loop, warn = ground.settings["kernel"], self._loop, self._log.warning
+                self._enforcer = enforce(mode, ground.policy, banned.sources(), loop, warn, left.kernel)
+            self._serve(ground, banned, left)
         except (GatekeeperError, OSError) as err:
             self._cannot_start(f"cannot take over: {err}")
 
-    def _serve(self, ground: Ground, left: handover.State | None = None) -> None:
+    def _serve(self, ground: Ground, banned: BanList, left: handover.State | None = None) -> None:
         """Start everybody. ``left``: what an upgrade has left to us."""
         policy, settings = ground.policy, ground.settings
         identity = privileges.who_to_become()
@@ -205,11 +211,11 @@ class Supervisor:
         self._reloader.settings = settings
         if self._early is not None:
             self._reloader.request(self._early)
-        self._bans = Bans(self._loop, self._log, crew, self._enforcer, ground.directory)
-        self._bans.begin(None if left is None else left.bans)
+        self._bans = Bans(self._loop, self._log, crew, self._enforcer, ground.directory, banned)
+        self._bans.begin()
         self._control.handlers |= self._bans.handlers
         self._control.handlers |= ReloadRequests(self._reloader).handlers
-        Operators(self._control, crew, self._standing, self._enforcer, self._options.path)
+        Operators(self._control, crew, self._standing, self._enforcer, self._bans, self._options.path)
         estate = Estate(
             ground, crew, self._reloader, self._standing, self._bans, self._enforcer, self._control, self._lock
         )
@@ -222,31 +228,6 @@ class Supervisor:
         crew.start(policy, settings["audit"], ground.http, self._enforcer, left)
         if identity is not None and identity.name != privileges.ACCOUNTS[0]:
             self._log.info(f"workers run as {identity.name}; an account called {privileges.ACCOUNTS[0]} would be better")
-
-    def _enforce(self, mode: str, policy: Accepted) -> Enforcer | None:
-        """Let the kernel refuse, if that is wanted; ``None``: workers do it.
-
-        Raises:
-            KernelError: it is required and cannot be had.
-        """
-        if mode == "off":
-            self._warn_of_leftover()
-            privileges.give_up(privileges.CAP_BPF)
-            return None
-        try:
-            return Enforcer.begin(self._loop, policy, alone=mode == "require", warn=self._log.warning)
-        except KernelError as err:
-            if mode == "require":
-                raise
-            self._log.warning(f"{err}; workers refuse instead")
-            self._warn_of_leftover()
-            privileges.give_up(privileges.CAP_BPF)
-            return None
-
-    def _warn_of_leftover(self) -> None:
-        path = leftover()
-        if path is not None:
-            self._log.warning(f"the policy of an earlier run is still in force in the kernel; to end it, remove {path}")
 
     def _all_serve(self) -> None:
         self._standing.serving = True

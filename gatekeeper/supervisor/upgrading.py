@@ -190,8 +190,6 @@ class Upgrader:
             request.fail("an upgrade is under way already")
         elif self._estate.reloader.trial is not None:
             request.fail("a policy waits to be confirmed: `gatekeeper confirm` or `gatekeeper rollback` comes first")
-        elif self._estate.enforcer is not None:
-            request.fail("the kernel's program cannot be taken over: that takes a restart")
         else:
             self._begin(request, float(drain_s))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.document import BLOCKS, fill, write_documents
+from bench.document import BLOCKS, PAGES, fill, write_documents
 from bench.native import Backend, Generator, compile_load
 from bench.report import heading, interpreter, machine
 from bench.run import parser
@@ -142,10 +142,11 @@ def test_a_page_gets_what_was_measured_and_keeps_the_rest(tmp_path: Path) -> Non
 
 
 def test_every_table_of_the_page_can_be_measured() -> None:
-    """The markers of docs/performance.md are those that a run fills, and no table lacks a place."""
-    page = Path(__file__).parents[2] / "docs" / "performance.md"
-    marked = [line[15:-4] for line in page.read_text().splitlines() if line.startswith("<!-- measured: ")]
-    assert sorted(marked) == sorted([*BLOCKS, "machine"])
+    """The markers of the pages are those that a run fills, and no table lacks a place."""
+    docs = Path(__file__).parents[2] / "docs"
+    lines = [line for name in PAGES for line in (docs / name).read_text().splitlines()]
+    marked = [line[15:-4] for line in lines if line.startswith("<!-- measured: ")]
+    assert sorted(marked) == sorted([*BLOCKS, *["machine"] * len(PAGES)])
 
 
 def test_a_group_stands_for_its_scenarios() -> None:

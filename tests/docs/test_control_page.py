@@ -48,7 +48,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         f"{usual.clients}, and {usual.reserved} more",
         f"{usual.rate_per_s:g} a second and {usual.burst:g} at once",
         f"| {usual.idle_s:g} s |",
-        f"{usual.stuck_s:g} s, or {usual.unsent_bytes >> 20} MiB",
+        f"{usual.stuck_s:g} s, or {usual.unsent_bytes >> 20} MiB; {usual.all_unsent_bytes >> 20} MiB of all together",
         f"| tails | {MOST_TAILS} |",
     ):
         assert text in table

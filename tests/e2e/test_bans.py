@@ -87,6 +87,7 @@ def test_a_ban_is_in_force_when_the_command_returns(run_gate: RunGate, folder: P
             gate.wait_for_value(1, "gatekeeper_connections_total", listener="web", action="deny", rule="", reason="ban")
             gate.wait_for_value(1, "gatekeeper_connections_total", listener="dns", action="deny", rule="", reason="ban")
             gate.wait_for_value(1, "gatekeeper_bans")
+            assert done(gate, "status").out.splitlines()[0].endswith(", 1 ban")
             assert done(gate, "unban", "127.0.7.0/24").out == "unbanned 127.0.7.0/24\n"
             assert answers("127.0.7.9", port)
             assert ask(datagrams) == b"are you there?"
@@ -147,6 +148,27 @@ def test_bans_survive_the_service(run_gate: RunGate, folder: Path, end: signal.S
         gate = run_gate(text, workers=2)
         assert answers("127.0.7.1", port)
         assert banned(gate) == ["127.0.8.0/24"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_bans_survive_an_upgrade(run_gate: RunGate, folder: Path, kept: bool) -> None:
+    """With a state directory or without; and a ban that is made later also ends the sessions of workers of before."""
+    port = free_port()
+    with TcpBackend() as tcp, UdpBackend() as udp:
+        gate = run_gate(policy(port, tcp, udp, folder / "state" if kept else None), workers=2)
+        done(gate, "ban", "127.0.7.1", "--for", "1h")
+        with Sources().connect("127.0.8.1", "127.0.0.1", port) as old, Sources().connect("127.0.9.1", "127.0.0.1", port) as other:
+            assert ask(old) == ask(other) == b"are you there?"
+            done(gate, "upgrade", "--no-wait")
+            assert not answers("127.0.7.1", port)
+            assert banned(gate) == ["127.0.7.1"]
+            assert ask(old) == ask(other) == b"are you there?"
+            assert json.loads(done(gate, "ban", "127.0.8.0/24", "--json").out)["ended"] == 1
+            with pytest.raises(ConnectionResetError):
+                old.recv(1)
+            assert ask(other) == b"are you there?"
+            done(gate, "unban", "127.0.7.1")
+            assert answers("127.0.7.1", port)
 
 
 def test_a_ban_ends_when_its_time_is_up(run_gate: RunGate, folder: Path) -> None:

@@ -814,3 +814,40 @@ def test_a_program_that_comes_later_is_noticed(space: Namespace, gate_in: Callab
     os.close(program)
     until(lambda: value(space, gate, "gatekeeper_kernel_other_programs") == 0, "it is gone")
     assert "no other sk_lookup programs" in gate.output()
+
+
+def test_an_upgrade_keeps_the_kernel_refusing(space: Namespace, gate_in: Callable[..., Gate], visits: Visits) -> None:
+    """While the new code takes over, and afterwards: nobody who is refused gets in, drops stay silent, sessions and counts go on."""
+    relayed = free_port()
+    with made_in(space, TcpBackend) as backend:
+        gate = gate_in("kernel: require" + guarding(
+            visits.port, "open", f'  - {{name: web, listen: "10.0.0.1:{relayed}", backend: "{backend.address}"}}\n'
+        ))  # fmt: skip
+        first = space.inside(visits.come, FRIEND)
+        ask_daemon(gate, "ban", "10.0.1.9")
+        (before,) = programs(space)
+        over, seen = threading.Event(), Counter[tuple[str, str]]()
+
+        def load() -> None:
+            while not over.is_set():
+                for source in (FRIEND, FOE, "10.0.1.9"):
+                    seen[source, look_here(source, "10.0.0.1", relayed)] += 1
+
+        thread = space.inside(_thread_of_namespace, load, space.fd)
+        try:
+            ask_daemon(gate, "upgrade")
+            until(lambda: programs(space) != [before], "the new one's program is in force")
+            until(lambda: seen[FOE, "refused"] > 20, "it goes on")
+        finally:
+            over.set()
+            thread.join()
+        assert set(seen) == {(FRIEND, "allow"), (FOE, "refused"), ("10.0.1.9", "refused")}
+        assert len(programs(space)) == 1
+        assert still_talks(first)
+        assert look(space, SILENT, "10.0.0.1", relayed) == "silence"
+        assert reaches(space, FOE, "10.0.0.1", visits.port) is False
+        assert value(space, gate, "gatekeeper_kernel_enforcing") == 1
+        until(lambda: value(space, gate, "gatekeeper_kernel_refused_attempts_total", listener="web", action="deny", rule="") > 20,
+              "counts go on")  # fmt: skip
+        gate.signal(signal.SIGKILL)
+        until(lambda: programs(space) == [], "nothing is left")

@@ -17,6 +17,7 @@ from tests.support.backends import TcpBackend, UdpBackend
 from tests.support.clients import Sources, ask, nobody_listens
 from tests.support.gate import Gate
 from tests.support.load import Load
+from tests.support.namespace import Namespace
 from tests.support.ports import free_port
 from tests.support.wait import until
 
@@ -215,6 +216,45 @@ def test_a_stop_during_a_trial(run_gate: RunGate, backend: TcpBackend, folder: P
     assert is_refused(port)
     again.wait_for_value(0, "gatekeeper_config_from_last_good")
     assert again.stop() == 0
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("how", ["rollback", "confirm", "stop", "kill"])
+def test_guarded_listeners(run_gate: RunGate, how: str) -> None:
+    """The kernel, which outlives the service with `on_exit: closed`, has the policy before again when the service stops."""
+    port = free_port()
+    space = Namespace(pins=True)
+    try:
+
+        def policy(refused: str) -> str:
+            return (
+                f"listeners:\n  - {{name: ssh, listen: '127.0.0.1:{port}', path: guard, on_exit: closed}}\ndefault: allow\n"
+                f"rules:\n  - {{name: out, action: deny, from: {refused}}}\n"
+            )
+
+        def gets_in(source: str) -> bool:
+            try:
+                space.inside(Sources().connect, source, "127.0.0.1", port).close()
+            except ConnectionRefusedError:
+                return False
+            return True
+
+        with space.inside(socket.create_server, ("127.0.0.1", port)):
+            gate = space.inside(run_gate, policy("127.0.0.9"))
+            with space.inside(Sources().connect, OUT, "127.0.0.1", port) as session:
+                gate.write(policy(OUT))
+                result(gate, "reload", "--confirm", "1h")
+                assert (gets_in(OUT), gets_in("127.0.0.9")) == (False, True)
+                session.send(b"nobody ended this session")
+                kept = how in {"confirm", "kill"}  # a service that is killed can put nothing back
+                if how in {"rollback", "confirm"}:
+                    assert result(gate, how).get("ended", 0) == int(kept)
+                else:
+                    gate.signal(signal.SIGKILL if how == "kill" else signal.SIGTERM)
+                    gate.wait()
+                assert (gets_in(OUT), gets_in("127.0.0.9")) == (not kept, kept)
+    finally:
+        space.close()
 
 
 def test_trials_under_load(run_gate: RunGate, backend: TcpBackend) -> None:

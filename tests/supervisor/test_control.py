@@ -351,6 +351,23 @@ def test_a_client_that_does_not_read(serve: Serve) -> None:
     assert server.ask("state")["peak_kib"] < 100_000
 
 
+def test_many_clients_that_do_not_read(serve: Serve) -> None:
+    """All together they do not fill our memory either: whoever has most to read is dropped first."""
+    server = serve(limits={"stuck_s": NEVER_S, "unsent_bytes": 4 << 20, "all_unsent_bytes": 6 << 20})
+    with contextlib.ExitStack() as ends:
+        sizes = [100, 390, 200, 300]  # times 10,000 bytes: together more than there is room for
+        clients = [ends.enter_context(server.client()) for _ in sizes]
+        for client, rows in zip(clients, sizes, strict=True):
+            client.send(request("rows", rows=rows, size=10_000))
+        assert server.ask("state")["dropped"] == 1
+        lived = []
+        for client, rows in zip(clients, sizes, strict=True):
+            with contextlib.suppress(AssertionError):
+                client.answer()
+                lived.append(rows)
+        assert lived == [100, 200, 300]
+
+
 def test_requests_are_not_read_while_answers_are_not(serve: Serve) -> None:
     """A flood of requests whose answers nobody reads fills our memory with neither."""
     server = serve(limits={"stuck_s": NEVER_S, "rate_per_s": 1e9, "burst": 1e9})

@@ -18,7 +18,7 @@ from gatekeeper.kernel import memfd, steering
 from gatekeeper.snapshot.bindings import Bindings
 from gatekeeper.snapshot.encode import encode
 from gatekeeper.supervisor.accepted import Accepted, accept, endpoints
-from gatekeeper.supervisor.installing import Installer
+from gatekeeper.supervisor.installing import Installer, Judged
 from gatekeeper.supervisor.listening import Opener
 from gatekeeper.supervisor.loop import Loop
 from tests.support.clients import nobody_listens
@@ -28,7 +28,7 @@ from tests.support.ports import free_port
 class Obedient:
     """Stands where a worker stands: it does at once what it is told, unless it ``refuses`` a generation."""
 
-    child = None
+    child: Any = None
     index = 0
 
     def __init__(self, crew: Any) -> None:
@@ -229,6 +229,65 @@ def test_the_kernel_and_then_a_worker_refuse(stage: Stage) -> None:
     assert stage.installer.policy.name == stage.crew.policy.name != stage.first
     assert stage.kernel.program == stage.first
     assert stage.listening() == "bc"
+
+
+class Child:
+    """A process that can be killed."""
+
+    killed = False
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class TestLiveSessions:
+    """Judged again by all workers that may have any."""
+
+    afterwards: dict[str, Any] = {}  # noqa: RUF012 - what has become of the worker when its answer is due
+
+    def judge(self, stage: Stage, answers: dict[int, Any], missing: list[int]) -> Judged:
+        """Return what is said when the workers answer so."""
+        found: list[Judged] = []
+
+        def ask(order: dict[str, Any], *, done: Callable[..., None], **_more: Any) -> None:
+            assert order == {"op": "rejudge", "generation": stage.installer.policy.generation}
+            stage.worker.child = self.afterwards.get("child", stage.worker.child)
+            done(answers, missing)
+
+        def begin(done: Callable[[str | None], None]) -> None:
+            def judged(how: Judged) -> None:
+                found.append(how)
+                done(None)
+
+            stage.installer.judge_again(judged, patience_s=0.1)
+
+        stage.crew.ask = ask
+        stage.result(begin)
+        return found[0]
+
+    def test_their_answers_are_added_up(self, stage: Stage) -> None:
+        """Numbers that no worker can mean are not believed."""
+        answers = {0: {"judged": 7, "ended": 2}, 1: {"judged": 1, "ended": 1 << 80}, 2: {"judged": "many", "ended": -3}}
+        assert self.judge(stage, answers, []) == Judged(8, 2 + (1 << 32))
+
+    def test_a_worker_that_does_not_answer_is_ended(self, stage: Stage) -> None:
+        """Its sessions may be those that the policy refuses. One that has ended by itself has none any more."""
+        stage.worker.child = child = Child()
+        assert self.judge(stage, {}, [0]) == Judged(0, 0, (0,))
+        assert child.killed
+        self.afterwards = {"child": None}
+        assert self.judge(stage, {}, [0, 7]) == Judged()
+
+    def test_a_worker_that_is_behind_is_waited_for(self, stage: Stage) -> None:
+        """One that came up with the policy before must have this one first; if it never does, it is ended."""
+        assert stage.install("b") is None
+        stage.worker.child = child = Child()
+        stage.worker.generation = 1
+        stage.loop.later(0.02, lambda: setattr(stage.worker, "generation", 2))
+        assert self.judge(stage, {0: {"judged": 1, "ended": 0}}, []) == Judged(1)
+        stage.worker.generation = 1
+        assert self.judge(stage, {0: {"judged": 1, "ended": 0}}, []) == Judged(1, 0, (0,))
+        assert child.killed
 
 
 class TestTrials:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
 import shutil
 import signal
 import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.cli.program import gatekeeper
 from tests.support.backends import TcpBackend
 from tests.support.clients import Sources, ask
 from tests.support.gate import Gate
@@ -22,6 +25,7 @@ UNITS = Path(__file__).parents[2] / "systemd"
 SANDBOX = Path(__file__).parent / "sandbox.py"
 NOBODY = 65534
 RULES = """\
+control: {{group: {group}}}
 listeners:
   - {{name: web, listen: "127.0.0.1:{port}", backend: "{backend}"}}
 default: deny
@@ -44,7 +48,7 @@ def free_low_port() -> int:
 def test_serves_reloads_and_stops_under_the_unit(folder: Path, run_gate: Callable[..., Gate]) -> None:
     """As an ordinary user with the unit's one capability and system call filter it does all that it has to do.
 
-    It opens a port below 1024, serves, refuses, replaces a killed worker, reloads, and stops.
+    It opens a port below 1024, serves, refuses, replaces a killed worker, reloads, answers operators, and stops.
     """
     home = folder / "home"
     home.mkdir()
@@ -61,7 +65,7 @@ def test_serves_reloads_and_stops_under_the_unit(folder: Path, run_gate: Callabl
     ]  # fmt: skip
 
     def rules(friends: str) -> str:
-        return RULES.format(port=port, backend=backend.address, friends=friends)
+        return RULES.format(port=port, backend=backend.address, friends=friends, group=grp.getgrgid(NOBODY).gr_name)
 
     gate = run_gate(rules("127.0.0.1"), workers=2, folder=home, prefix=prefix, python=user.python, env=user.env)
     sources = Sources()
@@ -80,5 +84,7 @@ def test_serves_reloads_and_stops_under_the_unit(folder: Path, run_gate: Callabl
     until(lambda: len(gate.worker_pids()) == 2 and first not in gate.worker_pids(), "the worker is replaced")
     assert gate.reload(rules("127.0.0.1, 127.0.0.2"))["success"]
     assert is_allowed("127.0.0.2")
+    assert gatekeeper("status", "--control", str(gate.control_path)).code == 0
+    assert stat.S_IMODE(gate.control_path.stat().st_mode) == 0o660
     assert gate.stop() == 0
     backend.close()
