@@ -20,8 +20,8 @@ PEERS = ("haproxy", "haproxy splice", "nginx", "envoy")
 MARGIN = 0.02  # as far from 1 as nginx's ratio to itself may be
 QUIET, BUSY = 1.0, 5.0  # load averages before and during a run; the benchmark alone makes 2 to 4
 RESTLESS = (
-    "**The machine was busy with other work meanwhile.** Ratios between neighbouring turns bear that, with wider spreads; rates and latencies "
-    "do not: they are lower and longer than on a machine at rest."
+    "**The machine was busy with other work meanwhile.** Ratios between neighbouring turns bear that, with wider spreads;\n"
+    "rates and latencies do not: they are lower and longer than on a machine at rest."
 )
 Records = dict[str, dict[str, Any]]
 Points = list[tuple[float, float]]
@@ -172,7 +172,7 @@ def fill(text: str, document: dict[str, Any]) -> str:
             made = BLOCKS[name](records) or ""
         return found[0] if not made else f"<!-- measured: {name} -->\n{made}\n<!-- end -->"
 
-    return re.sub(r"<!-- measured: ([\w ]+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"<!-- measured: ([\w -]+?) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 def plots(document: dict[str, Any]) -> dict[str, str]:

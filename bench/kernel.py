@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import json
 import os
 import random
 import socket
@@ -26,8 +27,9 @@ from dataclasses import replace
 from typing import Any
 
 from bench import verdict
+from bench.document import DOCS, fill
 from bench.native import Backend, Generator, compile_load
-from bench.peers import HOME, System, ports_for, raise_file_limit, start, start_direct, start_haproxy, write
+from bench.peers import HOME, System, output, ports_for, raise_file_limit, start, start_direct, start_haproxy, write
 from bench.processes import BenchError
 from bench.report import heading, machine, scenario_table
 from bench.scenarios import GUARDED, KERNEL, KERNEL_TABLE, REFUSED_BY_KERNEL, Scenario
@@ -111,7 +113,8 @@ def start_gatekeeper(backend: Backend, directory: str, *, guard: bool) -> System
 
     process = start("gatekeeper", [sys.executable, "-m", "gatekeeper", "run", path], directory, ports["tcp"], HOME, ready)
     roles = frozenset({"supervisor", "worker", "observer"})
-    return System("gatekeeper", "", backend, ports, process, roles)
+    told = "import gatekeeper, platform; print(gatekeeper.__version__, 'on Python', platform.python_version())"
+    return System("gatekeeper", output(sys.executable, "-c", told), backend, ports, process, roles)
 
 
 class Stage:
@@ -172,6 +175,8 @@ def comparisons(
             for name, starter in starters:
                 stage.add(name, starter)
             records.append(compare(stage.systems, scenario, program, rounds, seconds, progress))
+            records[-1]["versions"] = {system.name: system.version for system in stage.systems if system.version}
+            records[-1]["load_average"] = os.getloadavg()[0]
         finally:
             stage.close()
     return records
@@ -278,7 +283,7 @@ def measure(
     """Return all records that are wanted, as far as they can be had here."""
     records = comparisons(program, directory, rounds, seconds, wanted, progress)
     if KERNEL_TABLE in wanted:
-        records.append(tables(program, progress))
+        records.append(tables(program, progress) | {"load_average": os.getloadavg()[0]})
     return records
 
 
@@ -289,12 +294,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.2)
     parser.add_argument("--only", metavar="NAME,...", default=",".join(KERNEL), help=", ".join(KERNEL))
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/kernel.md")
     options = parser.parse_args()
     raise_file_limit()
     document: dict[str, Any] = {
         "machine": machine(), "versions": {}, "settings": {"turns": options.turns, "seconds": options.seconds},
     }  # fmt: skip
-    print(heading(document))
     try:
         with tempfile.TemporaryDirectory(prefix="gatekeeper-bench-") as directory:
             os.chmod(directory, 0o755)
@@ -304,12 +309,20 @@ def main() -> int:
         print(f"bench: {err}", file=sys.stderr)
         return 3
     for record in records:
-        record["load_average"] = os.getloadavg()[0]
+        document["versions"] |= record.get("versions", {})
+    print(heading(document))
+    for record in records:
         print("\n" + scenario_table(record))
+    document["scenarios"] = records
     if options.json:
-        from bench.run import write_json
-
-        write_json(document | {"scenarios": records}, options.json)
+        with open(options.json, "w") as file:
+            json.dump(document, file, indent=1)
+    if options.write_docs:
+        page = os.path.join(DOCS, "kernel.md")
+        with open(page) as file:
+            text = fill(file.read(), document)
+        with open(page, "w") as file:
+            file.write(text)
     return 0
 
 

@@ -44,6 +44,7 @@ _SK_LOOKUP_TYPE = 30
 _SK_LOOKUP_ATTACH = 36
 
 NUMBERS = {"x86_64": 321, "aarch64": 280}  # of the system call
+_NO_BATCHES = (errno.EOPNOTSUPP, 524)  # what kernels say that know none for this kind of map
 _NAME = b"gatekeeper"
 # None of the helpers we call asks for the GPL.
 _LICENSE = b"Apache-2.0"
@@ -142,7 +143,14 @@ def update_many(fd: int, keys: bytes, values: bytes, count: int) -> None:
     attributes = struct.pack(
         "=QQQQIIQQ", 0, 0, ctypes.addressof(key_buffer), ctypes.addressof(value_buffer), count, fd, 0, 0
     )
-    _bpf(_MAP_UPDATE_BATCH, attributes, "BPF_MAP_UPDATE_BATCH")
+    try:
+        _bpf(_MAP_UPDATE_BATCH, attributes, "BPF_MAP_UPDATE_BATCH")
+    except OSError as err:
+        if err.errno not in _NO_BATCHES:
+            raise
+        key_bytes, value_bytes = len(keys) // count, len(values) // count
+        for number in range(count):
+            update(fd, keys[number * key_bytes :][:key_bytes], values[number * value_bytes :][:value_bytes])
 
 
 def lookup(fd: int, key: bytes, value_bytes: int) -> bytes:

@@ -253,11 +253,19 @@ class _Interleaved:
 
 def _merge_alike(masks: Sequence[int], row_masks: Sequence[int]) -> dict[int, int]:
     """Return the class of each mask, from 1: equal for masks that have the same first rule in every row."""
-    alike = [0] * len(masks)
+    alike = [list(masks)]  # as far as the rows so far can tell
+    apart: list[list[int]] = []  # what no row needs to look at any more
     for row in row_masks:
-        found: dict[tuple[int, int], int] = {}
-        alike = [found.setdefault(pair, len(found)) for pair in zip(alike, _first_rules(masks, row), strict=True)]
-    return {mask: _LOCAL_CLASS + 1 + number for mask, number in zip(masks, alike, strict=True)}
+        groups, alike = alike, []
+        for group in groups:
+            found: dict[int, list[int]] = {}
+            for mask, first in zip(group, _first_rules(group, row), strict=True):
+                found.setdefault(first, []).append(mask)
+            for part in found.values():
+                (alike if len(part) > 1 else apart).append(part)
+    first_of = {mask: group[0] for group in chain(alike, apart) for mask in group}
+    numbers = {mask: _LOCAL_CLASS + 1 + number for number, mask in enumerate(dict.fromkeys(map(first_of.__getitem__, masks)))}
+    return {mask: numbers[first_of[mask]] for mask in masks}
 
 
 def _first_rules(masks: Sequence[int], row: int) -> Iterator[int]:

@@ -174,21 +174,25 @@ class TcpGate(Gate):
         """Stop accepting for a moment."""
         shared = self.shared
         shared.counters[WorkerSlot.ACCEPT_PAUSES] += 1
-        self.paused = True
         self.paused_until_s = shared.loop.now + PAUSE_S
+        shared.due[self.sock.fileno()] = self  # first, as memory may be what is missing
+        self.paused = True
         shared.loop.unwatch(self.sock.fileno())
-        shared.due[self.sock.fileno()] = self
         shared.starve(f"{self.key}: {why}; new connections wait in the kernel's queue, live sessions go on")
 
     def check(self, now: float) -> None:
         """See `gate.Due.check`: go on accepting."""
         if now < self.paused_until_s:
             return
-        shared = self.shared
-        del shared.due[self.sock.fileno()]
+        try:
+            self.watch()
+        except (MemoryError, OSError):
+            self.shared.loop.handlers.pop(self.sock.fileno(), None)
+            self.paused_until_s = now + PAUSE_S
+            return
+        del self.shared.due[self.sock.fileno()]
         self.paused = False
         self.batch = 1
-        self.watch()
 
     def adapt(self) -> None:
         """Once a second: be quick at whatever there is more of, refusals or sessions."""

@@ -22,7 +22,7 @@ from gatekeeper.supervisor.banlist import Ban, BanList, Source, format_range
 from gatekeeper.supervisor.control import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gatekeeper.supervisor.control import Request
     from gatekeeper.supervisor.crew import Crew
@@ -181,15 +181,26 @@ class Bans:
             self._not_before = time.monotonic() + RETRY_S
             self._publish_soon()
             return
-        now = time.monotonic()
-        self._not_before = now + max(PUBLISH_EVERY_S, PUBLISH_SHARE * (now - began))
-        by_kernel = self._tell_kernel()
+        outcome: dict[str, Any] = {"ended": 0, "missing": 0, "kept": self._saved, "kernel": self._kernel is not None}
+        parties = 2  # that are still at it: the workers, the kernel
+
+        def over(ended: int) -> None:
+            nonlocal parties
+            parties -= 1
+            outcome["ended"] += ended
+            if parties == 0:
+                for request, result in waiting:
+                    request.done(result | outcome)
 
         def done(answers: dict[int, dict[str, Any]], missing: list[int]) -> None:
-            ended = sum(_bounded(answer.get("ended")) for answer in answers.values())
-            for request, result in waiting:
-                request.done(result | {"ended": ended, "missing": len(missing), "kept": self._saved, "kernel": by_kernel})
+            outcome["missing"] = len(missing)
+            over(sum(_bounded(answer.get("ended")) for answer in answers.values()))
 
+        if self._kernel is None or not self._tell_kernel(self._kernel, over):
+            outcome["kernel"] = False
+            over(0)
+        now = time.monotonic()
+        self._not_before = now + max(PUBLISH_EVERY_S, PUBLISH_SHARE * (now - began))
         assert self._crew.bans_fd is not None
         self._crew.ask({"op": "bans"}, (self._crew.bans_fd,), rows=_no_rows, done=done)
         for worker in self._crew.workers:
@@ -208,12 +219,10 @@ class Bans:
         if before is not None:
             os.close(before)
 
-    def _tell_kernel(self) -> bool:
+    def _tell_kernel(self, kernel: Enforcer, done: Callable[[int], None]) -> bool:
         """Let the kernel refuse the banned, too; say whether it does."""
-        if self._kernel is None:
-            return False
         try:
-            self._kernel.ban(self._list.sources())
+            kernel.ban(self._list.sources(), done)
         except KernelError as err:
             self._log.error(f"the kernel does not know the latest bans, workers do: {err}")
             return False

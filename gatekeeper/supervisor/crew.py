@@ -188,7 +188,7 @@ class Crew:
         if op == "ready" and worker.state is State.STARTING:
             worker.became_ready()
             self._introduce(worker)
-        elif op in {"rows", "answer"}:
+        elif op in ("rows", "answer"):  # no set: a worker that lies may send what has no hash
             self._questions.heard(worker, message)
         elif op == "drained":
             self.cut += _sessions_in(message)
@@ -205,7 +205,7 @@ class Crew:
     def _heard_old(self, worker: Worker, message: dict[str, Any]) -> None:
         if message.get("op") == "drained":
             self.leaving.cut += _sessions_in(message)
-        elif message.get("op") in {"rows", "answer"}:
+        elif message.get("op") in ("rows", "answer"):
             self._questions.heard(worker, message)
 
     def _answered(self, worker: Worker, op: object, error: str) -> None:

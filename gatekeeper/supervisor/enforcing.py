@@ -207,8 +207,10 @@ class Enforcer:
         self._count_all()
         return Kernel(Fd(self._link), Fd(self.counters_fd), self._flow, tuple(map(Fd, self._common.holes())))
 
-    def ban(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+    def ban(self, ranges: Iterable[tuple[int, int, int]], done: Callable[[int], None] = lambda _ended: None) -> None:
         """Refuse these (family, first, last) above all policies, and nobody else any more.
+
+        ``done`` is told, now or later, how many live sessions of guarded listeners have ended.
 
         Raises:
             KernelError: that is not possible; whom it refused before is still refused.
@@ -217,7 +219,7 @@ class Enforcer:
             self._common.bans.hold(ranges)
         except OSError as err:
             raise KernelError(f"the kernel does not take the bans: {err.strerror}") from err
-        self.sessions.end_banned()
+        self.sessions.end_banned(done)
 
     def rejudge(self, done: Callable[[int, int], None]) -> None:
         """End the live sessions of guarded listeners that the policy in force or a ban refuses.

@@ -122,10 +122,12 @@ class GuardedSessions:
 
         self._run(self._end(refused), over)
 
-    def end_banned(self) -> None:
-        """End the sessions of banned sources."""
+    def end_banned(self, done: Callable[[int], None]) -> None:
+        """End the sessions of banned sources; ``done`` is told how many, now or later."""
         if self._bans:
-            self._run(self._end(lambda _view, _place, connection: self._banned(connection)), lambda _ended: None)
+            self._run(self._end(lambda _view, _place, connection: self._banned(connection)), done)
+        else:
+            done(0)
 
     def close(self) -> None:
         """Begin no slice any more; what is under way is not told of."""

@@ -778,8 +778,9 @@ def test_a_ban_is_in_the_kernel_and_reaches_guarded_sessions(
     gate = gate_in(guarding(visits.port, "open", more))
     first, second = space.inside(visits.come, FRIEND), space.inside(visits.come, "10.0.1.2")
     third = space.inside(visits.come, FRIEND_6, "2001:db8::1")
-    ask_daemon(gate, "ban", FRIEND)
-    ask_daemon(gate, "ban", "2001:db8:1::/64")
+    for source in (FRIEND, "2001:db8:1::/64"):
+        told = ask_daemon(gate, "ban", source)
+        assert (told["ended"], told["kernel"]) == (1, True)
     until(lambda: not still_talks(first) and not still_talks(third), "the banned have learnt of it")
     assert still_talks(second)
     assert reaches(space, FRIEND, "10.0.0.1", visits.port) is False

@@ -24,24 +24,19 @@ from gatekeeper.kernel import privileges
 from gatekeeper.kernel.channel import Channel
 from gatekeeper.snapshot.counters import CAPACITY_BYTES, WorkerSlot
 
-ROW = {
+ROW: dict[str, Any] = {
     "flow": 7, "endpoint": 0, "slot": 0, "family": 4, "source": "198.51.100.7", "source_port": 50000,
     "destination": "127.0.0.1", "destination_port": 80, "began": 1.8e9, "idle_s": 1.5, "bytes_in": 1, "bytes_out": 2,
     "state": "open", "client": None, "backend": None,
 }  # fmt: skip
-GARBAGE = [
-    17, None, "row", [], {}, {"flow": 1},
-    *(
-        ROW | wrong
-        for wrong in (
-            {"flow": -1}, {"flow": 1 << 80}, {"flow": "7"}, {"flow": True}, {"flow": 7.0}, {"endpoint": 99}, {"endpoint": None},
-            {"endpoint": [0]}, {"slot": 1 << 40}, {"slot": "x"}, {"source": "198.51.100.7\n"}, {"source": 7}, {"source": "x" * 9999},
-            {"source": ""}, {"source": "::1%lo"}, {"source_port": 65536}, {"source_port": None}, {"began": float("nan")},
-            {"began": float("inf")}, {"began": -1}, {"began": 1e300}, {"began": "now"}, {"idle_s": None}, {"bytes_in": -1},
-            {"bytes_out": 1 << 63}, {"state": "fine"}, {"state": []}, {"state": None}, {"destination": "\x1b[2J"},
-        )
-    ),
+WRONG: list[dict[str, Any]] = [
+    {"flow": -1}, {"flow": 1 << 80}, {"flow": "7"}, {"flow": True}, {"flow": 7.0}, {"endpoint": 99}, {"endpoint": None},
+    {"endpoint": [0]}, {"slot": 1 << 40}, {"slot": "x"}, {"source": "198.51.100.7\n"}, {"source": 7}, {"source": "x" * 9999},
+    {"source": ""}, {"source": "::1%lo"}, {"source_port": 65536}, {"source_port": None}, {"began": float("nan")},
+    {"began": float("inf")}, {"began": -1}, {"began": 1e300}, {"began": "now"}, {"idle_s": None}, {"bytes_in": -1},
+    {"bytes_out": 1 << 63}, {"state": "fine"}, {"state": []}, {"state": None}, {"destination": "\x1b[2J"},
 ]  # fmt: skip
+GARBAGE: list[Any] = [17, None, "row", [], {}, {"flow": 1}, *(ROW | wrong for wrong in WRONG)]
 
 
 def lies(how: str, query: int) -> list[dict[str, Any]]:

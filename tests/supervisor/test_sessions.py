@@ -16,6 +16,7 @@ from gatekeeper.snapshot.bindings import Bindings, EndpointKey, VerdictKey
 from gatekeeper.supervisor.control import BadRequest
 from gatekeeper.supervisor.sessions import Names, Wanted, parse_source
 from tests.supervisor.service import Service, listener, rules, stand_in
+from tests.supervisor.stand_in_worker import WRONG
 from tests.support.ports import free_port
 from tests.support.wait import until
 
@@ -129,6 +130,22 @@ def test_a_row_in_words() -> None:
         "bytes_in": 1, "bytes_out": 2, "client_tcp": None,
         "backend_tcp": {"rtt_us": 20, "retransmits": 0, "unsent": 5, "unacked": 6},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_rows_that_are_none(wrong: dict[str, Any]) -> None:
+    """A row with one thing in it that cannot be is no row: nothing of it is shown."""
+    assert Names(1, BINDINGS).translate(ROW | wrong, 1060.0) is None
+
+
+def test_what_tcp_says_must_be_numbers() -> None:
+    """Of a connection of which a worker says nonsense nothing is said."""
+    sound = {"rtt_us": 1, "retransmits": 2, "unsent": 3, "unacked": 4}
+    nonsense: list[Any] = [7, [], {}, sound | {"rtt_us": -1}, sound | {"unsent": "many"}, sound | {"unacked": 1 << 63}]
+    for wrong in nonsense:
+        row = Names(1, BINDINGS).translate(ROW | {"client": wrong, "backend": sound | {"more": 1}}, 1060.0)
+        assert row is not None
+        assert (row["client_tcp"], row["backend_tcp"]) == (None, sound)
 
 
 def test_a_row_of_a_unix_socket() -> None:

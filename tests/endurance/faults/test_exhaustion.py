@@ -238,6 +238,7 @@ class TestAudit:
         finally:
             subprocess.run([need.program("umount"), "--lazy", disk], check=True)
 
+    @pytest.mark.timeout(400)
     def test_nobody_reads(self, run_gate: RunGate, backend: TcpBackend, folder: Path, long: bool) -> None:
         """A pipe that nobody empties costs lines, which are counted; sessions, metrics, reloads and the stop go on."""
         pipe, port = folder / "pipe", free_port()

@@ -136,6 +136,7 @@ def test_a_rule_file_that_root_alone_may_read(folder: Path, backend: TcpBackend)
         gate.stop()
 
 
+@pytest.mark.timeout(400)
 def test_a_file_that_changes_while_it_is_read(run_gate: RunGate, backend: TcpBackend, folder: Path, long: bool) -> None:
     """A file that is being written in place is taken as it was at some moment, or refused: never half of it, never a hang."""
     port = free_port()

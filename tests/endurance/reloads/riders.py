@@ -4,8 +4,8 @@
 `... short PORT RATE SOURCE...`: one short session after the other, RATE a second if the machine gives that, from each source in turn.
 `... long PORT SOURCE...`: from each source one long TCP session and one UDP flow, which speak now and then.
 
-Lines on stdin are orders: `pause` (finish what was begun, say "paused"), `go`, and `stop`, after which all is closed and what
-happened is printed as JSON.
+Lines on stdin are orders: `pause` (finish what was begun, say "paused"), `go` (speak again; "went" follows once everybody
+has), and `stop`, after which all is closed and what happened is printed as JSON.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ class Rider:
         self.exchanges = self.sent = self.received = self.repeated = 0
         self.asked = self.answer = b""
         self.spoke_s = 0.0
+        self.before = (0, 0)
         self.ended: str | None = None
         self.wrong = False
         self.ports: set[int] = set()
@@ -237,6 +238,7 @@ class Long:
             self.poller.register(fd, select.EPOLLIN)
         self.due: list[tuple[float, int]] = []
         self.paused = self.told_paused = False
+        self.round = ""  # what is to be said once all have been heard again
         for rider in self.riders:
             self.later(rider)
 
@@ -245,19 +247,22 @@ class Long:
 
     def run(self) -> None:
         """Ride until told to stop; say "open" once everybody has been answered."""
-        opened = False
+        self.go_round("open")
         while True:
-            if not opened and all(rider.exchanges for rider in self.riders):
-                opened = True
-                print("open", flush=True)
+            if self.round and all(map(self.went, self.riders)):
+                print(self.round, flush=True)
+                self.round = ""
             wait_s = max(0.0, self.due[0][0] - time.monotonic()) if self.due else 1.0
             for fd, _mask in self.poller.poll(wait_s):
                 if fd == 0:
-                    order = sys.stdin.readline().strip()
-                    if order in {"stop", ""}:
+                    # As it comes: a line that Python has read ahead would never be reported.
+                    orders = os.read(0, 4096).decode().split() or ["stop"]
+                    if "stop" in orders:
                         self.stop()
                         return
-                    self.paused, self.told_paused = order == "pause", False
+                    self.paused, self.told_paused = orders[-1] == "pause", False
+                    if not self.paused:
+                        self.go_round("went")
                 elif self.by_fd[fd].hear():
                     self.after(self.by_fd[fd])
             self.go_on()
@@ -270,6 +275,17 @@ class Long:
             self.poller.unregister(rider.sock.fileno())
         elif rider.kind == socket.SOCK_STREAM:
             self.later(rider)  # a flow's timer runs already
+
+    def go_round(self, word: str) -> None:
+        """Say this word once everybody has been answered, or has been seen to be over."""
+        self.round = word
+        for rider in self.riders:
+            rider.before = rider.exchanges, rider.repeated
+
+    def went(self, rider: Rider) -> bool:
+        """Say whether it was answered since, or not for so long that it had to ask again."""
+        exchanges, repeated = rider.before
+        return rider.ended is not None or rider.exchanges > exchanges or rider.repeated > repeated
 
     def waits(self, rider: Rider) -> bool:
         """Say whether an answer is on its way. A flow that is not answered may have been refused: who knows."""
@@ -328,6 +344,11 @@ class Riding:
         """Return when nothing is on its way any more."""
         self.tell("pause")
         assert self.line() == "paused"
+
+    def go(self) -> None:
+        """Return when everybody has spoken again, and was answered or has ended."""
+        self.tell("go")
+        assert self.line() == "went"
 
     def stop(self) -> Any:
         """Stop it and return what happened."""

@@ -78,12 +78,12 @@ def write_million(path: Path, count: int) -> None:
     path.chmod(0o644)
 
 
-def all_went_on(riders: list[dict[str, Any]]) -> None:
-    """Every session lived to the end with right answers, every flow kept the port from which it speaks to the backend."""
+def all_went_on(riders: list[dict[str, Any]], ports: int = 1) -> None:
+    """Every session lived to the end with right answers; a flow spoke to the backend from at most so many ports of ours."""
     for rider in riders:
         assert (rider["ended"], rider["wrong"]) == (None, False), rider
         assert rider["exchanges"] > 0, rider
-        assert len(rider["ports"]) == (rider["kind"] == "udp"), rider
+        assert len(rider["ports"]) in (range(1, ports + 1) if rider["kind"] == "udp" else {0}), rider
 
 
 def all_served(story: dict[str, Any]) -> None:
@@ -199,7 +199,7 @@ def test_exactly_those_who_may_not_stay_go(scene: Scene, long: bool) -> None:
         assert scene.ask("reload")["ended"] == 2 * each
         assert scene.ask("ban", "127.0.44.0/24", "--for", "1h")["ended"] == 2 * each
         assert scene.ask("cut", "--source", "127.0.45.0/24")["ended"] == 2 * each
-        riding.tell("go")
+        riding.go()
         riding.pause()
         story, rode = knocking.stop(), riding.stop()
     all_served(story)
@@ -213,4 +213,28 @@ def test_exactly_those_who_may_not_stay_go(scene: Scene, long: bool) -> None:
     for end in ("revoked", "cut", "banned"):
         for listener in ("door", "flow"):
             assert scrape.value("gatekeeper_session_ends_total", listener=listener, end=end) == each, (end, listener)
+    conserved(scene, [story], rode)
+
+
+@pytest.mark.timeout(900)
+def test_an_upgrade_is_noticed_by_nobody(scene: Scene, long: bool) -> None:
+    """The program is replaced under load, reloads before and after: nobody refused, no TCP session broken, exact books."""
+    upgrades, riders = (5, 100) if long else (1, 20)
+    gate, pid = scene.gate, scene.gate.pid
+    sources = [f"127.0.40.{number}" for number in range(1, riders + 1)]
+    with Riding("long", scene.port, *sources) as riding, Riding("short", scene.port, RATE, *ALWAYS) as knocking:
+        assert riding.line() == "open"
+        for number in range(1, upgrades + 1):
+            assert scene.reload(number)["changed"]
+            assert scene.ask("upgrade", "--no-wait")["pid"] == pid
+            riding.go()
+        assert scene.reload(upgrades + 1)["changed"]
+        riding.go()
+        riding.pause()
+        story, rode = knocking.stop(), riding.stop()
+    print(f"{upgrades} upgrades, {story['total']['connected']} short sessions in {story['seconds']:.0f} s")
+    all_served(story)
+    all_went_on(rode, ports=upgrades + 1)  # flows go on with the new workers, from other ports
+    until(lambda: not scene.ask("status")["leaving"], "the old workers have left", within_s=60)
+    gate.wait_for_value(0, "gatekeeper_sessions", listener="door")
     conserved(scene, [story], rode)
