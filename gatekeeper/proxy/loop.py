@@ -50,6 +50,13 @@ class Acceptor(Failing, Protocol):
         """Take a bounded number of new connections or datagrams."""
 
 
+class Sender(Failing, Protocol):
+    """Who has collected what is to leave together."""
+
+    def send(self) -> None:
+        """Send it, and be `Loop.outgoing` no more."""
+
+
 class Loop:
     """Descriptors, their handlers, and the time of the current turn (``now``: monotonic; ``wall``: Unix time, seconds)."""
 
@@ -58,6 +65,7 @@ class Loop:
         self.handlers: dict[int, Handler] = {}
         self.acceptors: list[Acceptor] = []
         self.ends: dict[int, tuple[Handler | None, int]] = {}  # descriptor -> its handler and mask, which stand back
+        self.outgoing: Sender | None = None  # who is to send before the loop waits again
         self.closing: list[int] = []  # descriptors of sessions that have ended; the list owns them
         self.longest_turn_s = 0.0
         self.turns = 0
@@ -93,6 +101,8 @@ class Loop:
                 self.give_up(handler)
         if self.ends:
             self.handle_ends()
+        if self.outgoing is not None:
+            self.send(self.outgoing)
         if self.closing:  # before anybody is accepted, who needs descriptors
             self.close_ended()
         if self.acceptors:
@@ -107,6 +117,14 @@ class Loop:
         if took > self.longest_turn_s:
             self.longest_turn_s = took
         return begun
+
+    def send(self, sender: Sender) -> None:
+        """Let what was collected in this turn leave."""
+        try:
+            sender.send()
+        except Exception:  # noqa: BLE001 - as in `turn`
+            self.outgoing = None
+            self.give_up(sender)
 
     def close_ended(self) -> None:
         """Close the descriptors of all sessions that have ended: together, because that is cheaper than one by one.

@@ -83,6 +83,26 @@ def test_each_client_has_its_own_backend_socket(bed: Bed) -> None:
     assert bed.rig.live("dns") == 2
 
 
+@pytest.mark.parametrize(("wildcard", "source"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "::1")])
+def test_of_many_replies_that_leave_together_each_reaches_its_client(wildcard: str, source: str) -> None:
+    """More clients at once than fit into one system call: everybody gets what was meant for it, and nothing else."""
+    bed = Bed(wildcard)
+    clients = [udp(source) for _ in range(150)]
+    try:
+        for number, client in enumerate(clients):
+            client.sendto(b"%d" % number, (source, bed.endpoint.port))
+        heard = [bed.backend.recvfrom(10) for _ in clients]
+        for data, gate in heard * 2:
+            bed.backend.sendto(b"for " + data, gate)
+        for number, client in enumerate(clients):
+            assert [client.recvfrom(10) for _ in range(2)] == [(b"for %d" % number, (source, bed.endpoint.port, 0, 0)[: 4 if ":" in source else 2])] * 2
+        assert bed.rig.counter("dns", ListenerSlot.DATAGRAMS_LOST) == 0
+    finally:
+        for client in clients:
+            client.close()
+        bed.close()
+
+
 def test_a_flow_ends_when_it_idles() -> None:
     """A flow without datagrams ends after idle_timeout; its bytes are accounted for."""
     bed = Bed(idle_s=1.0)
