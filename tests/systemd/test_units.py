@@ -64,6 +64,13 @@ def test_the_unit_agrees_with_the_program(unit: str) -> None:
     assert DRAIN_S < int(found["TimeoutStopSec"][0].removesuffix("s")) <= DRAIN_S + 30
 
 
+@pytest.mark.parametrize("unit", SERVICES)
+def test_the_manager_keeps_sockets_and_says_how_many(unit: str) -> None:
+    """A systemd before 254 does not say itself how large the store is, so the unit does, and both numbers agree."""
+    found = settings(unit)
+    assert found["Environment"] == [f"FDSTORE={found['FileDescriptorStoreMax'][0]}"]
+
+
 def test_the_units_differ_only_where_they_must() -> None:
     """Socket activation changes who opens the ports and drops every capability; all else is the same."""
     ordinary, activated = map(settings, SERVICES)
