@@ -19,7 +19,7 @@ from typing import Any, Self
 import pytest
 
 from tests.support.backends import TcpBackend, UdpBackend
-from tests.support.clients import Sources, ask, close_all
+from tests.support.clients import Sources, ask, close_all, nobody_listens
 from tests.support.gate import PYTHON_PATH, ROOT, Gate
 from tests.support.load import Load
 from tests.support.plain_user import plain_user
@@ -440,3 +440,33 @@ def test_an_ordinary_user_upgrades(run_gate: Callable[..., Gate], folder: Path, 
         load.wait_for_more(50)
         assert ask(client) == b"are you there?"
     assert not load.failures
+
+
+@pytest.mark.needs_root
+def test_ambient_capabilities_survive(run_gate: Callable[..., Gate], folder: Path, backend: TcpBackend) -> None:
+    """A service that may listen below 1024 though it is not root, as in our unit, still may after two upgrades."""
+    user = plain_user(folder)
+    home = folder / "home"
+    home.mkdir()
+    user.own(home)
+    port = free_port()
+    low = next(number for number in range(700, 1000) if nobody_listens(number))
+    setpriv, *become = user.prefix
+    become = [word for word in become if not word.startswith(("--inh-caps", "--bounding-set"))]
+    able = (setpriv, *become, "--inh-caps=-all,+net_bind_service", "--ambient-caps=-all,+net_bind_service",
+            "--bounding-set=-all,+net_bind_service")  # fmt: skip
+    gate = run_gate(policy(port, backend), folder=home, prefix=able, python=user.python, env=user.env)
+
+    def may() -> set[str]:
+        return {line.split()[1] for line in Path(f"/proc/{gate.pid}/status").read_text().splitlines() if line.startswith("CapEff")}
+
+    assert may() == {"0000000000000400"}
+    for _ in range(2):
+        assert upgrade(gate).returncode == 0
+    assert may() == {"0000000000000400"}
+    for pid in (*gate.worker_pids(), gate.observer_pid()):
+        assert "CapEff:\t0000000000000000" in Path(f"/proc/{pid}/status").read_text()
+    more = f'  - {{name: low, listen: "127.0.0.1:{low}", backend: "{backend.address}"}}'
+    assert gate.reload(policy(port, backend, more))["success"]
+    with Sources().connect("127.0.0.1", "127.0.0.1", low) as client:
+        assert ask(client) == b"are you there?"
