@@ -7,33 +7,35 @@ acknowledged, because a reset discards what is still on its way.
 from __future__ import annotations
 
 import os
-import struct
-import termios
-from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 from gatekeeper.proxy.loop import WRITE
+from gatekeeper.proxy.parting import is_gone, unread
 from gatekeeper.proxy.relay import CHUNK_BYTES, SPLICE_FLAGS, Leg
 from gatekeeper.snapshot.counters import End
 
 if TYPE_CHECKING:
     from gatekeeper.proxy.session import TcpSession
 
-DELIVERY_TIMEOUT_S = 5.0  # how long a reset waits for the data ahead of it, while nothing moves
 DELIVERY_ROUNDS = 64  # chunks moved in one turn
 
 
 class Delivery:
-    """The last duty of a session one of whose legs was reset: bring over what had arrived before, then reset the other."""
+    """The last duty of a session one of whose legs was reset: bring over what had arrived before, then reset the other.
 
-    __slots__ = ("alive", "dead", "deadline_s", "end", "read_all", "session", "unacknowledged", "waiting")
+    While nothing moves it waits as long as for anybody who reads after the other side has ended. A reader that takes
+    its time shows only now and then: the kernel opens a full window when half of the buffer is free again.
+    """
+
+    __slots__ = ("alive", "dead", "deadline_s", "end", "patience_s", "read_all", "session", "unacknowledged", "waiting")
 
     def __init__(self, session: TcpSession, dead: Leg) -> None:
         self.session = session
         self.dead = dead
         self.alive = dead.other
         self.end = End.CLIENT_RESET if dead is session.client else End.BACKEND_RESET
-        self.deadline_s = session.gate.shared.loop.now + DELIVERY_TIMEOUT_S
+        self.patience_s = session.terms.half_close_timeout_s
+        self.deadline_s = session.gate.shared.loop.now + self.patience_s
         self.read_all = False
         self.waiting = False  # registered for WRITE
         self.unacknowledged = -1
@@ -77,7 +79,7 @@ class Delivery:
                 dead.pipe = None
         elif dead.pending is not None:
             dead.pending = dead.pending[os.write(self.alive.fd, dead.pending) :] or None
-        self.deadline_s = self.session.gate.shared.loop.now + DELIVERY_TIMEOUT_S
+        self.deadline_s = self.session.gate.shared.loop.now + self.patience_s
         return not dead.blocked()
 
     def wait(self, *, for_room: bool) -> None:
@@ -93,13 +95,13 @@ class Delivery:
     def check(self, now: float) -> None:
         """See `gate.Due.check`."""
         if self.read_all:
-            left = struct.unpack("i", ioctl(self.alive.fd, termios.TIOCOUTQ, bytes(4)))[0]
-            if left == 0:
+            left = unread(self.alive)
+            if left == 0 or is_gone(self.alive):
                 self.session.finish(self.end)
                 return
             if left != self.unacknowledged:
                 self.unacknowledged = left
-                self.deadline_s = now + DELIVERY_TIMEOUT_S
+                self.deadline_s = now + self.patience_s
         if now >= self.deadline_s:
             self.session.finish(self.end)
 

@@ -70,8 +70,8 @@ def test_the_books_agree_after_mixed_faults(run_gate: Callable[..., Gate], long:
                 doors.append((REFUSED_SOURCE if turned_away else door, peer))
             refused += turned_away
         stage.wait(within_s=200 if long else 50, peers=[peer for _, peer in doors])
+        stage.wait(within_s=200 if long else 50, peers=echoing.peers)  # some read on after their client has gone
         gate.wait_for_value(0, "gatekeeper_sessions")
-        stage.wait(echoing.peers)
         events = {
             event["src_ip"]: event["gatekeeper"]
             for event in gate.wait_for_audit(count - refused, "connection")
