@@ -18,6 +18,7 @@ from gatekeeper.cli.terminal import FINE, Command, Terminal
         ("judged, ended", "live sessions that were judged again, and those of them that were ended"),
         ("not_judged_by", "workers that did not answer in time, and were ended with all their sessions"),
         ("saved", "whether it is the last good policy now"),
+        ("save_error", "why it could not be saved; else null"),
     ),
 )
 @control_option

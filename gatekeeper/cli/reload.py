@@ -28,6 +28,7 @@ PATIENCE_S = 300.0  # for the slowest step, of which the daemon says nothing: co
         ("listeners_opened, listeners_closed", "[{listener, protocol, address}]"),
         ("confirm_within_s", "with --confirm: seconds; else null"),
         ("saved", "whether it is the last good policy now, with which the service starts when the file is broken"),
+        ("save_error", "what the disk said, when it should be, or a trial should be known there; else null"),
     ),
 )
 @click.option(
@@ -60,6 +61,8 @@ def command(terminal: Terminal, confirm_s: float | None, control: str | None, as
             f"on trial: `gatekeeper confirm` within {result['confirm_within_s']:g} s keeps it, "
             f"otherwise {result['before'][:12]} comes back"
         )
+        if result["save_error"] is not None:
+            terminal.note(f"a service that is restarted before that starts with it: {result['save_error']}")
     return FINE
 
 
@@ -69,3 +72,5 @@ def tell_sessions(terminal: Terminal, result: dict[str, Any]) -> None:
         terminal.print(f"{count(result['judged'], 'live session')} judged again, {result['ended']} ended")
     for worker in result.get("not_judged_by", ()):
         terminal.note(f"worker {worker} did not say whether it has ended the sessions that are now refused, and was ended")
+    if result.get("saved") is False and result["save_error"] is not None:
+        terminal.note(f"it is not the last good policy yet, it could not be saved: {result['save_error']}")

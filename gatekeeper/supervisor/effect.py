@@ -34,19 +34,23 @@ class Effect:
     def take(self, done: Callable[[dict[str, Any]], None]) -> None:
         """Judge live sessions again, unless the policy says not to, and save it; ``done`` gets what became of that.
 
-        {"judged", "ended": sessions, "not_judged_by": workers that did not answer and were ended, "saved": bool}
+        {"judged", "ended": sessions, "not_judged_by": workers that did not answer and were ended,
+        "saved": bool, "save_error": why not, if it should have been}
         """
 
         def judged(found: Judged) -> None:
             for index in found.missing:
                 self._log.error(f"worker {index} did not say whether it has ended the sessions that are now refused; killing it")
             result = {"judged": found.judged, "ended": found.ended, "not_judged_by": list(found.missing)}
-            self.save(lambda failure: done(result | {"saved": failure is None and self._directory is not None}))
+            self.save(lambda failure: done(result | self._saved(failure)))
 
         if self._installer.policy.meta["settings"]["on_reload"] == "keep":
             judged(Judged())
         else:
             self._installer.judge_again(judged)
+
+    def _saved(self, failure: str | None) -> dict[str, Any]:
+        return {"saved": failure is None and self._directory is not None, "save_error": failure}
 
     def save(self, done: Callable[[str | None], None] = lambda _failure: None) -> None:
         """Make the policy in force the last good one; ``done`` is called with the reason why not, or ``None``."""
@@ -77,16 +81,19 @@ class Effect:
 
         self._disk.run(job, saved)
 
-    def note_trial(self, digest: str, done: Callable[[], None]) -> None:
-        """See to it that a restart before a policy is confirmed does not start with it; ``done`` is called in any case."""
+    def note_trial(self, digest: str, done: Callable[[str | None], None]) -> None:
+        """See to it that a restart before a policy is confirmed does not start with it.
+
+        ``done`` is called with the reason why it would, or ``None``: the trial begins in any case.
+        """
         directory = self._directory
         if directory is None:
-            done()
+            done(None)
             return
 
         def noted(failure: str | None) -> None:
             if failure is not None:
                 self._log.warning(f"a restart before the policy is confirmed would start with it: {directory}: {failure}")
-            done()
+            done(failure)
 
         self._disk.run(lambda: lastgood.note_trial(directory, digest), noted)

@@ -91,6 +91,9 @@ def save(directory: str, snapshot_fd: int, digest: str) -> None:
     Raises:
         OSError: it could not be written; the older one is untouched.
     """
+    # First, whether there is room for the policy or not: a restart must not take what was confirmed for a trial.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(directory, TRIAL_FILE))
     size = os.fstat(snapshot_fd).st_size
     sha256 = hashlib.sha256()
     for first in range(0, size, _BLOCK_BYTES):
@@ -106,8 +109,6 @@ def save(directory: str, snapshot_fd: int, digest: str) -> None:
             _write(fd, os.pread(snapshot_fd, _BLOCK_BYTES, first))
 
     _replace(directory, POLICY_FILE, fill)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(directory, TRIAL_FILE))
 
 
 def note_trial(directory: str, digest: str) -> None:

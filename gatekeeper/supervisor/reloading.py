@@ -151,7 +151,7 @@ class Reloader:
             self._ended(Outcome(why, compiled.text, refused=compiled.failure is None), compiled.first)
         elif confirm_s is not None and digest is not None:
             snapshot_fd = compiled.snapshot_fd
-            self._effect.note_trial(digest, lambda: self._install(snapshot_fd))
+            self._effect.note_trial(digest, lambda failure: self._install(snapshot_fd, failure))
         elif compiled.unchanged and self._standing.reload_error is None:
             os.close(compiled.snapshot_fd)
             self._take_effect(self._installer.policy, listening(self._installer.policy))
@@ -167,7 +167,12 @@ class Reloader:
             return True
         return digest == self._installer.policy.meta["digest"] and self._standing.reload_error is None
 
-    def _install(self, snapshot_fd: int) -> None:
+    def _install(self, snapshot_fd: int, not_noted: str | None = None) -> None:
+        """Put a snapshot in force; ``not_noted``: why the disk does not know that it is on trial."""
+        if self._standing.stopping:  # while the disk took its time: nothing may be opened any more
+            os.close(snapshot_fd)
+            self._over(Outcome("the service stops"))
+            return
         before, confirm_s = self._installer.policy, self._asks[0].confirm_s
         endpoints = listening(before)
         self._say("changing over")
@@ -180,7 +185,7 @@ class Reloader:
                 self._take_effect(before, endpoints)
             else:
                 self._start_trial(confirm_s, before)
-                self._ended(Outcome(result=self._result(before, endpoints)))
+                self._ended(Outcome(result=self._result(before, endpoints) | {"save_error": not_noted}))
 
         self._installer.install(snapshot_fd, installed, on_trial=confirm_s is not None)
 

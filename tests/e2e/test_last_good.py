@@ -166,6 +166,10 @@ def test_a_full_disk(run_gate: RunGate, backend: TcpBackend, folder: Path) -> No
         gate.wait_for_value(1, "gatekeeper_config_last_reload_successful")
         assert "could not be saved" in gatekeeper("status", "--control", str(gate.control_path)).out
         assert (state / "last-good").read_bytes() == first
+        on_trial = gatekeeper("reload", "--confirm", "1h", "--control", str(gate.control_path))
+        assert "a service that is restarted before that starts with it: No space left on device" in on_trial.err
+        confirmed = gatekeeper("confirm", "--control", str(gate.control_path))
+        assert (confirmed.code, "it could not be saved: No space left on device" in confirmed.err) == (0, True)
         (state / "filler").unlink()
         assert gate.reload()["success"]
         until(lambda: (state / "last-good").read_bytes() != first, "the newer one is saved")

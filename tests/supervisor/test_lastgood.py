@@ -148,6 +148,15 @@ def test_a_save_that_was_interrupted_is_in_nobodys_way(folder: Path) -> None:
     assert read(folder) == (DATA, "d1")
 
 
+def test_what_was_confirmed_is_no_trial_even_when_it_cannot_be_saved(folder: Path) -> None:
+    """A restart then starts with the rule file, which is what was confirmed, and not with something older."""
+    lastgood.note_trial(str(folder), "d7")
+    (folder / "last-good").mkdir()
+    with pytest.raises(IsADirectoryError):
+        save(folder)
+    assert lastgood.read_trial(str(folder)) is None
+
+
 def test_a_trial_is_remembered_until_something_is_saved(folder: Path) -> None:
     """The digest on trial survives, and goes when a policy is the last good one again."""
     assert lastgood.read_trial(str(folder)) is None
