@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 # linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
@@ -129,7 +129,7 @@ class Dump:
         self._sock.close()
 
 
-def connections(ports: Sequence[tuple[int, int]]) -> Iterator[list[Connection]]:
+def connections(ports: Sequence[tuple[int, int]]) -> Generator[list[Connection], None, None]:
     """Yield all connections at these local ports, a part at a time.
 
     Raises:

@@ -48,6 +48,7 @@ def take(inbox: Inbox, sock: socket.socket, *, control: bool = False) -> list[tu
 def name_of(sock: socket.socket) -> bytes:
     """Return the name of a socket as the kernel writes it."""
     host, port = sock.getsockname()[:2]
+    assert isinstance(port, int)
     packed = port.to_bytes(2, "big")
     if sock.family == socket.AF_INET:
         return socket.AF_INET.to_bytes(2, sys.byteorder) + packed + socket.inet_aton(host) + bytes(8)

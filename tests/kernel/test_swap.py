@@ -14,7 +14,8 @@ import pytest
 from gatekeeper.kernel import bpf
 from gatekeeper.kernel.judge import Common, Judge
 from gatekeeper.policy.model import Action, Policy, Rule
-from tests.kernel.test_lookup import NOWHERE, from_, listener, snapshot_of, tcp
+from tests.kernel.test_lookup import from_, listener, snapshot_of, tcp
+from tests.policy.generated import NOWHERE
 from tests.support.namespace import Namespace
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(180)]

@@ -99,6 +99,12 @@ def rewrite(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
+def put_a_pipe_there(path: Path) -> None:
+    """Let a named pipe take the place of a file."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 CHANGES: dict[str, Callable[[Path], object]] = {
     "a rule": rewrite("rules.yaml", RULES.replace("action: deny, from: nobody", "action: drop, from: nobody")),
     "a comment": rewrite("rules.yaml", f"{RULES}# why\n"),
@@ -112,7 +118,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     ),
     "a list that is gone": lambda folder: (folder / "office.txt").unlink(),
     "rights": lambda folder: (folder / "office.txt").chmod(0o666),
-    "a pipe in a list's place": lambda folder: ((folder / "office.txt").unlink(), os.mkfifo(folder / "office.txt")),
+    "a pipe in a list's place": lambda folder: put_a_pipe_there(folder / "office.txt"),
 }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def main() -> None:
             if life < len(deeds):
                 deeds[life](worker)
 
-    ORDERS["commit"] = commit  # type: ignore[assignment]  # a parameter's name
+    ORDERS["commit"] = commit
     with contextlib.suppress(ChannelClosed):
         Worker(channel).run()
 

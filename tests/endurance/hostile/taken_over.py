@@ -72,7 +72,7 @@ def as_worker(channel: Channel, report: int, rules: str) -> None:
         return obey
 
     for op in list(ORDERS):
-        ORDERS[op] = keeping(op)  # type: ignore[assignment]  # a parameter's name
+        ORDERS[op] = keeping(op)
     with contextlib.suppress(ChannelClosed):
         Worker(channel).run()
 

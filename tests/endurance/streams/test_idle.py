@@ -84,7 +84,12 @@ def test_idle_sessions_cost_little_and_end_at_once(
 def wait_beside(mine: socket.socket, over: Callable[[], bool]) -> float:
     """Ask again and again until it is over; return how long the slowest answer took, in seconds."""
     done = threading.Event()
-    watcher = threading.Thread(target=lambda: (until(over, "it is over", 60), done.set()))
+
+    def watch() -> None:
+        until(over, "it is over", 60)
+        done.set()
+
+    watcher = threading.Thread(target=watch)
     watcher.start()
     slowest_s = 0.0
     while not done.is_set():
