@@ -51,7 +51,7 @@ class Bans:
     __slots__ = ("v4", "v6_high", "v6_low")
 
     def __init__(self, buffer: bytes | memoryview) -> None:
-        """Map the table, and check all that look-ups rely on.
+        """Map the table. Only sizes are checked here, so it is quick however long the table is; `validate` checks the rest.
 
         Raises:
             SnapshotError: this is no table of bans.
@@ -69,6 +69,13 @@ class Bans:
         self.v6_high = view[HEADER.size : low].cast("Q")
         self.v6_low = view[low:narrow].cast("Q")
         self.v4 = view[narrow : narrow + 4 * v4].cast("I")
+
+    def validate(self) -> None:
+        """Check that the bounds ascend. Without that a look-up answers, but not what was meant.
+
+        Raises:
+            SnapshotError: they do not.
+        """
         if not _ascend(array("I", self.v4)):
             raise SnapshotError("the IPv4 bans are not sorted")
         highs, lows = array("Q", self.v6_high), array("Q", self.v6_low)

@@ -6,7 +6,6 @@ one moment. Times are Unix times.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import json
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatekeeper.errors import GatekeeperError
 from gatekeeper.policy.ranges import BITS, AddressSet, format_source
+from gatekeeper.supervisor import disk
 from gatekeeper.supervisor.log import printable
 
 if TYPE_CHECKING:
@@ -237,26 +237,7 @@ def write(directory: str, text: str) -> None:
     Raises:
         OSError: it could not be written; the old one is untouched.
     """
-    path = os.path.join(directory, FILE)
-    fresh = f"{path}.new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(fresh)  # of a run that was killed while it wrote
-    try:
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with open(fd, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(fd)
-        os.replace(fresh, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(fresh)
-        raise
-    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    disk.replace(directory, FILE, lambda fd: disk.write_all(fd, text.encode()))
 
 
 def _set_of(sources: Iterable[Source]) -> AddressSet:

@@ -3,7 +3,8 @@
     ban, unban, or time runs out ──► the list changes ──► (a moment) ──► file, workers, kernel ──► answer
 
 What comes within that moment goes together: the table is made anew for each change, so it is published at most four times
-a second, and less often when it is so large that making it takes long. A command is answered when the workers have it.
+a second, and less often when it is so large that making it takes long. A command is answered when the workers have it and
+the disk has, or has not; a disk that stands still keeps nobody from being refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gatekeeper.errors import KernelError
 from gatekeeper.kernel import memfd
 from gatekeeper.snapshot import bans as table
 from gatekeeper.supervisor import banlist
+from gatekeeper.supervisor.banfile import BanFile
 from gatekeeper.supervisor.banlist import Ban, BanList, Source, format_range
 from gatekeeper.supervisor.control import BadRequest
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from gatekeeper.supervisor.control import Request
     from gatekeeper.supervisor.crew import Crew
+    from gatekeeper.supervisor.disk import Disk
     from gatekeeper.supervisor.enforcing import Enforcer
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.loop import Loop, Timer
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 
 PUBLISH_EVERY_S = 0.25
 RETRY_S = 2.0  # when there was no memory or no descriptor
-PUBLISH_SHARE = 4  # at most a quarter of our time goes into publishing
+PUBLISH_SHARE = 4  # at most a quarter of our time goes into publishing,
+LONGEST_PAUSE_S = 2.0  # unless that would keep a ban waiting: the first table of very many takes far longer than the next
 LOOK_EVERY_S = 30.0  # the clock that bans end by can be set
 MOST_ROWS = 5000  # in one answer
 MOST_IN_MESSAGE = 500
@@ -50,16 +54,15 @@ class Bans:
     """
 
     def __init__(
-        self, loop: Loop, log: Log, crew: Crew, kernel: Enforcer | None, directory: str | None, found: BanList
+        self, loop: Loop, log: Log, crew: Crew, kernel: Enforcer | None, disk: Disk, directory: str | None, found: BanList
     ) -> None:
         """``found``: what `take_up` has found, which the kernel has been told already."""
         self._loop = loop
         self._log = log
         self._crew = crew
         self._kernel = kernel
-        self._directory = directory
         self._list = found
-        self._saved = directory is not None
+        self._file = BanFile(log, disk, directory, found)
         self._not_before = 0.0  # when the table may be made again
         self._due: Timer | None = None
         self._look: Timer | None = None
@@ -69,8 +72,8 @@ class Bans:
     def __len__(self) -> int:
         return len(self._list)
 
-    def begin(self) -> None:
-        """Put the bans of before in force, before any worker starts.
+    def begin(self, *, handed_over: bool = False) -> None:
+        """Put the bans of before in force, before any worker starts. Those handed over may be newer than the file.
 
         Raises:
             OSError: no memory, or no descriptor.
@@ -78,6 +81,8 @@ class Bans:
         if len(self._list):
             self._log.info(f"{_count(len(self._list))} in force")
             self._hand_out(self._make())
+        if handed_over:
+            self._file.save()
         self._watch_time()
 
     def dump(self) -> str:
@@ -85,9 +90,10 @@ class Bans:
         return self._list.dump()
 
     def close(self) -> None:
-        """Save what is not saved yet."""
+        """Begin to save what is not saved yet."""
         if self._due is not None:
-            self._save()
+            self._file.save()
+        self._file.close()
         for timer in (self._due, self._look):
             if timer is not None:
                 timer.cancel()
@@ -136,7 +142,7 @@ class Bans:
         if removed or self._due is not None:  # or what an earlier request has changed is not in force yet
             self._answer_later(request, result)
         else:
-            request.done(result | {"kept": self._saved})
+            request.done(result | {"kept": self._file.saved})
 
     def tell(self, request: Request) -> None:
         """Send the bans, oldest first: all, or those that touch ``source``; ``skip`` as many and send the ``MOST_ROWS`` that follow.
@@ -150,7 +156,7 @@ class Bans:
         found = list(self._list if text is None else self._list.touching(_parse(text)))
         _send(request, found[skip : skip + MOST_ROWS])
         behind = skip + MOST_ROWS
-        request.done({"bans": len(found), "next": behind if behind < len(found) else None, "kept": self._saved})
+        request.done({"bans": len(found), "next": behind if behind < len(found) else None, "kept": self._file.saved})
 
     # -- in force
 
@@ -166,23 +172,31 @@ class Bans:
             self._due = self._loop.later(max(0.0, self._not_before - time.monotonic()), self._publish)
 
     def _publish(self) -> None:
-        """Save the list, and put it in force."""
+        """Put the list in force, and save it."""
         self._due = None
         waiting, self._waiting = self._waiting, []
         began = time.monotonic()
-        self._save()
         try:
             data = self._make()
             self._hand_out(data)
         except (OSError, MemoryError) as err:
+            self._file.save()
             self._log.error(f"the latest bans are not in force yet: {err}")
             for request, _result in waiting:
                 request.fail(f"it is not in force yet, and will be tried again: {err}")
             self._not_before = time.monotonic() + RETRY_S
             self._publish_soon()
             return
-        outcome: dict[str, Any] = {"ended": 0, "missing": 0, "kept": self._saved, "kernel": self._kernel is not None}
-        parties = 2  # that are still at it: the workers, the kernel
+        self._spread(waiting)
+        now = time.monotonic()
+        self._not_before = now + max(PUBLISH_EVERY_S, min(PUBLISH_SHARE * (now - began), LONGEST_PAUSE_S))
+        self._crew.tell_state()
+        self._watch_time()
+
+    def _spread(self, waiting: list[tuple[Request, dict[str, Any]]]) -> None:
+        """Let workers, kernel and disk have the list; answer those who wait when all of them have said how it went."""
+        outcome: dict[str, Any] = {"ended": 0, "missing": 0, "kept": False, "kernel": self._kernel is not None}
+        parties = 3  # that are still at it: the workers, the kernel, the disk
 
         def over(ended: int) -> None:
             nonlocal parties
@@ -196,21 +210,24 @@ class Bans:
             outcome["missing"] = len(missing)
             over(sum(_bounded(answer.get("ended")) for answer in answers.values()))
 
+        def kept() -> None:
+            outcome["kept"] = self._file.saved
+            over(0)
+
         if self._kernel is None or not self._tell_kernel(self._kernel, over):
             outcome["kernel"] = False
             over(0)
-        now = time.monotonic()
-        self._not_before = now + max(PUBLISH_EVERY_S, PUBLISH_SHARE * (now - began))
         assert self._crew.bans_fd is not None
         self._crew.ask({"op": "bans"}, (self._crew.bans_fd,), rows=_no_rows, done=done)
         for worker in self._crew.workers:
             if worker.offered and not worker.generation:  # it was given the table before, and is about to serve
                 worker.bans(self._crew.bans_fd)
-        self._crew.tell_state()
-        self._watch_time()
+        self._file.save(kept)
 
     def _make(self) -> bytes:
-        return table.pack(self._list.covered())
+        data = table.pack(self._list.covered())
+        table.Bans(data).validate()  # here and not in each worker, whose sessions would wait for it
+        return data
 
     def _hand_out(self, data: bytes | None) -> None:
         """Let workers that start from now on have this table."""
@@ -243,55 +260,10 @@ class Bans:
             self._publish_soon()
         self._watch_time()
 
-    # -- kept
-
-    def _save(self) -> None:
-        if self._directory is None:
-            return
-        try:
-            banlist.write(self._directory, self._list.dump())
-        except OSError as err:
-            if self._saved:
-                self._log.error(f"bans cannot be saved in {self._directory} ({err.strerror}): they end with the service")
-            self._saved = False
-        else:
-            if not self._saved:
-                self._log.info(f"bans are saved in {self._directory} again")
-            self._saved = True
-
     def _report(self, event_type: str, bans: Sequence[Ban], **more: Any) -> None:
         """Let the audit log have it, in as many lines as it takes."""
         for first in range(0, len(bans), MOST_IN_EVENT):
             self._crew.event(event_type, sources=[ban.text for ban in bans[first : first + MOST_IN_EVENT]], **more)
-
-
-def take_up(log: Log, directory: str | None, handed_over: str | None = None) -> BanList:
-    """Return the bans of before: from ``handed_over`` (`Bans.dump`), else from the file in ``directory``.
-
-    A file that makes no sense is kept under another name, and said to be so; the service starts without bans.
-    """
-    found = BanList()
-    try:
-        if handed_over is not None:
-            found = BanList.parse(handed_over)
-        elif directory is not None:
-            found = banlist.read(directory)
-    except (banlist.BanFileError, OSError) as err:
-        log.error(_set_aside(err, None if handed_over is not None else directory))  # noqa: TRY400 - not logging
-    found.expire(time.time())
-    return found
-
-
-def _set_aside(err: Exception, directory: str | None) -> str:
-    """Keep what could not be read; return what has happened, in words."""
-    if directory is None:
-        return f"the bans that were handed over cannot be read, nobody is banned: {err}"
-    text = f"{os.path.join(directory, banlist.FILE)} cannot be read, nobody is banned: {err}"
-    try:
-        banlist.set_aside(directory)
-    except OSError as also:
-        return f"{text}; it cannot be set aside either: {also.strerror}"
-    return f"{text}; it is kept as {banlist.BROKEN}"
 
 
 def _sources(request: Request) -> list[Source]:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gatekeeper.supervisor.crew import Crew
+    from gatekeeper.supervisor.disk import Disk
     from gatekeeper.supervisor.installing import Installer
-    from gatekeeper.supervisor.lastgood import Disk
     from gatekeeper.supervisor.log import Log
     from gatekeeper.supervisor.standing import Standing
 

@@ -3,8 +3,7 @@
     last-good     one line of JSON (format, version, digest, sha256, bytes, saved), then the snapshot
     unconfirmed   one line of JSON (digest): a policy that was put in force on trial, and never confirmed
 
-What is read back decides who gets in, so it must be ours alone, whole, and a sound snapshot. A file is replaced in one
-step and survives a loss of power. Disks can stall for seconds and the supervisor must not, so a thread writes.
+What is read back decides who gets in, so it must be ours alone, whole, and a sound snapshot.
 """
 
 from __future__ import annotations
@@ -14,23 +13,19 @@ import hashlib
 import json
 import os
 import stat
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gatekeeper.errors import GatekeeperError
 from gatekeeper.kernel import memfd
+from gatekeeper.supervisor import disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gatekeeper.supervisor.loop import Loop
-
 POLICY_FILE, TRIAL_FILE = "last-good", "unconfirmed"
 FORMAT, VERSION = "gatekeeper last-good", 1
-PATIENCE_S = 10.0  # for the disk; whoever waits goes on then, and the disk may finish in its own time
-LAST_MOMENTS_S = 3.0
 MOST_HEADER_BYTES = 4096
 MOST_BYTES = 1 << 30
 _BLOCK_BYTES = 1 << 20
@@ -104,11 +99,11 @@ def save(directory: str, snapshot_fd: int, digest: str) -> None:
     }  # fmt: skip
 
     def fill(fd: int) -> None:
-        _write(fd, json.dumps(header).encode() + b"\n")
+        disk.write_all(fd, json.dumps(header).encode() + b"\n")
         for first in range(0, size, _BLOCK_BYTES):
-            _write(fd, os.pread(snapshot_fd, _BLOCK_BYTES, first))
+            disk.write_all(fd, os.pread(snapshot_fd, _BLOCK_BYTES, first))
 
-    _replace(directory, POLICY_FILE, fill)
+    disk.replace(directory, POLICY_FILE, fill)
 
 
 def note_trial(directory: str, digest: str) -> None:
@@ -117,66 +112,7 @@ def note_trial(directory: str, digest: str) -> None:
     Raises:
         OSError: it could not be written.
     """
-    _replace(directory, TRIAL_FILE, lambda fd: _write(fd, json.dumps({"digest": digest}).encode() + b"\n"))
-
-
-class Disk:
-    """Runs what may take long, one job at a time in the order of `run`, and calls back from the loop."""
-
-    def __init__(self, loop: Loop, patience_s: float = PATIENCE_S) -> None:
-        self._loop = loop
-        self._patience_s = patience_s
-        self._last: threading.Thread | None = None
-
-    def run(self, job: Callable[[], None], done: Callable[[str | None], None]) -> None:
-        """Run ``job``; ``done`` gets ``None``, or why it could not be done: an error, or no answer in time.
-
-        A job that is late goes on. One that never ends keeps those after it from beginning, and us from nothing.
-        """
-        before, failure = self._last, ["it did not end as it should"]
-
-        def work() -> None:
-            if before is not None:
-                before.join()
-            try:
-                job()
-                failure.clear()
-            except OSError as err:
-                failure[:] = [err.strerror or str(err)]
-            finally:
-                os.eventfd_write(wake, 1)
-
-        def ended() -> None:
-            self._loop.unwatch(wake)
-            os.close(wake)
-            if timer.call is not None:
-                timer.cancel()
-                done(failure[0] if failure else None)
-
-        def late() -> None:
-            timer.cancel()
-            done(f"the disk did not answer within {self._patience_s:g} s")
-
-        try:
-            wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError as err:
-            done(err.strerror)
-            return
-        thread = threading.Thread(target=work, name="disk", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as err:
-            os.close(wake)
-            done(str(err))
-            return
-        self._last = thread
-        timer = self._loop.later(self._patience_s, late)
-        self._loop.watch(wake, ended)
-
-    def close(self) -> None:
-        """Give what is being written a moment: only for the supervisor's own last moments."""
-        if self._last is not None:
-            self._last.join(LAST_MOMENTS_S)
+    disk.replace(directory, TRIAL_FILE, lambda fd: disk.write_all(fd, json.dumps({"digest": digest}).encode() + b"\n"))
 
 
 def _open(directory: str, name: str) -> int:
@@ -229,36 +165,6 @@ def _copy(file: Any, snapshot_fd: int, header: dict[str, Any]) -> None:
     while size <= header["bytes"] and (block := file.read(_BLOCK_BYTES)):
         size += len(block)
         sha256.update(block)
-        _write(snapshot_fd, block)
+        disk.write_all(snapshot_fd, block)
     if size != header["bytes"] or sha256.hexdigest() != header["sha256"]:
         raise LastGoodError("it is damaged")
-
-
-def _replace(directory: str, name: str, fill: Callable[[int], None]) -> None:
-    path = os.path.join(directory, name)
-    fresh = f"{path}.new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(fresh)  # of a run that was killed while it wrote
-    try:
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fill(fd)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(fresh, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(fresh)
-        raise
-    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write(fd: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]

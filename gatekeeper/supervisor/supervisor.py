@@ -24,17 +24,18 @@ from gatekeeper.snapshot.bindings import SlotsExhausted
 from gatekeeper.supervisor import handover, listening, places, rehearsing, upgrading
 from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
 from gatekeeper.supervisor.asks import Ask
-from gatekeeper.supervisor.bans import Bans, take_up
+from gatekeeper.supervisor.banfile import take_up
+from gatekeeper.supervisor.bans import Bans
 from gatekeeper.supervisor.commands import Operators
 from gatekeeper.supervisor.compiling import Compiler, Known
 from gatekeeper.supervisor.control import Control
 from gatekeeper.supervisor.crew import Commands, Crew
+from gatekeeper.supervisor.disk import Disk
 from gatekeeper.supervisor.effect import Effect
 from gatekeeper.supervisor.enforcing import Enforcer
 from gatekeeper.supervisor.handover import HandoverError
 from gatekeeper.supervisor.installing import Installer
 from gatekeeper.supervisor.keeping import Keeper
-from gatekeeper.supervisor.lastgood import Disk
 from gatekeeper.supervisor.loop import Loop
 from gatekeeper.supervisor.reload_requests import ReloadRequests
 from gatekeeper.supervisor.reloading import Reloader
@@ -220,8 +221,8 @@ class Supervisor:
         self._reloader.settings = settings
         if self._early is not None:
             self._reloader.request(self._early)
-        self._bans = Bans(self._loop, self._log, crew, self._enforcer, ground.directory, banned)
-        self._bans.begin()
+        self._bans = Bans(self._loop, self._log, crew, self._enforcer, self._disk, ground.directory, banned)
+        self._bans.begin(handed_over=left is not None)
         self._control.handlers |= self._bans.handlers
         self._control.handlers |= ReloadRequests(self._reloader).handlers
         Operators(self._control, crew, self._standing, self._enforcer, self._bans, self._options.path)
@@ -339,10 +340,10 @@ class Supervisor:
         self._compiler.cancel()
         if self._watcher is not None:
             self._watcher.close()
-        self._disk.close()
         self._control.close()
         if self._bans is not None:
             self._bans.close()
+        self._disk.close()
         if self._crew is not None:
             self._crew.close()
         self._close_listeners()

@@ -94,7 +94,7 @@ def test_a_table_that_was_cut_is_refused(size: int) -> None:
 def test_bytes_that_are_no_table_are_refused(data: bytes) -> None:
     """Another kind of file, impossible sizes, bounds that do not ascend."""
     with pytest.raises(SnapshotError):
-        Bans(data)
+        Bans(data).validate()
 
 
 @settings(max_examples=500, deadline=None)

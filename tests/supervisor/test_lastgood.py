@@ -13,7 +13,8 @@ import pytest
 
 from gatekeeper.kernel import memfd
 from gatekeeper.supervisor import lastgood
-from gatekeeper.supervisor.lastgood import Disk, LastGoodError
+from gatekeeper.supervisor.disk import Disk
+from gatekeeper.supervisor.lastgood import LastGoodError
 from gatekeeper.supervisor.loop import Loop
 
 DATA = bytes(range(256)) * 8192  # two blocks
