@@ -34,6 +34,7 @@ __all__ = ["BadRequest", "Control", "Limits", "Peer", "Request"]
 ACCEPT_PAUSE_S = 1.0  # while descriptors are exhausted the socket stays readable, and the loop would spin
 MOST_ACCEPTS = 16  # in one turn
 MOST_BUCKETS = 1000
+LOOK_EVERY_S = 1.0  # whether the socket's file is still there
 
 _PEERCRED = struct.Struct("iII")
 _USUAL = Limits()
@@ -57,6 +58,8 @@ class Control:
         self._identity: tuple[int, int] | None = None
         self._buckets: dict[int, tuple[float, float]] = {}  # uid -> requests it may send at once, as of when
         self._sweeping = False
+        self._looking = False
+        self._unreachable = False  # which was said
 
     def open(self, place: control_place.Place, listening: socket.socket | None = None) -> None:
         """Serve at a place; ``listening`` is a socket that listens there already and is taken over.
@@ -70,6 +73,9 @@ class Control:
         self.path, self.place = place.path, place
         self._identity = control_place.identity_of(place.path)
         self.loop.watch(self._socket.fileno(), self._accept)
+        if not self._looking:
+            self._looking = True
+            self.loop.later(LOOK_EVERY_S, self._look)
 
     def begin(self, option: str | None, settings: Mapping[str, Any]) -> None:
         """Serve where the command line (``option``) or the rule file's settings say, or at the default place.
@@ -143,6 +149,26 @@ class Control:
             return (1.0 - tokens) / rate_per_s
         self._buckets[uid] = tokens - 1.0, now
         return 0.0
+
+    def _look(self) -> None:
+        """Open the socket anew when its file is gone, since somebody has cleared the folder: nobody would reach us again."""
+        if self._socket is None or self.place is None:
+            return
+        self.loop.later(LOOK_EVERY_S, self._look)
+        if control_place.identity_of(self.place.path) is not None:
+            return
+        old = self._socket
+        try:
+            self.open(self.place)
+        except control_place.ControlError as err:
+            if not self._unreachable:
+                self._unreachable = True
+                self._log.error(f"the control socket's file is gone, and nobody can command this daemon: {err}")
+            return
+        self.loop.unwatch(old.fileno())
+        old.close()
+        self._unreachable = False
+        self._log.warning(f"the control socket's file was gone; {self.place.path} is open again")
 
     def _accept(self) -> None:
         for _ in range(MOST_ACCEPTS):

@@ -597,6 +597,35 @@ def test_the_file_is_removed_at_the_end(serve: Serve) -> None:
     server.path.unlink()
 
 
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_socket_whose_file_is_gone_comes_back(serve: Serve, folder: Path, what: str) -> None:
+    """Somebody has cleared the folder: the daemon can be commanded again soon, and who is connected notices nothing."""
+    home = folder / "run"
+    server = serve(path=home / "control.sock")
+    with server.client() as connected:
+        server.path.unlink()
+        if what == "folder":
+            home.rmdir()
+        until(lambda: "is open again" in server.output(), "it is open again")
+        assert server.ask("echo")["privileged"] is True
+        assert connected.ask("echo")["ok"] is True
+    assert stat.S_IMODE(server.path.stat().st_mode) == 0o600
+
+
+def test_a_socket_that_cannot_come_back_is_said_once(serve: Serve, folder: Path) -> None:
+    """The daemon goes on trying."""
+    home = folder / "run"
+    server = serve(path=home / "control.sock")
+    server.path.unlink()
+    home.rmdir()
+    home.touch()
+    until(lambda: "nobody can command this daemon" in server.output(), "it is said")
+    home.unlink()
+    until(lambda: "is open again" in server.output(), "it is open again")
+    assert server.output().count("nobody can command") == 1
+    assert server.ask("echo")["privileged"] is True
+
+
 def test_a_dead_daemons_socket_is_taken_over(serve: Serve, folder: Path) -> None:
     """What a killed daemon leaves behind is no obstacle."""
     path = folder / "control.sock"
