@@ -266,6 +266,7 @@ class Worker:
         listeners = prepared.snapshot.meta["listeners"]
         limits = [item[key] for item in listeners for key in ("idle_timeout_s", "half_close_timeout_s")]
         self.sweep_every_s = min(SWEEP_S, max(TICK_S, min(limits, default=SWEEP_S) * SWEEP_PART))
+        self.next_sweep_s = min(self.next_sweep_s, self.loop.now + self.sweep_every_s)
         self.shared.counters[WorkerSlot.GENERATION] = prepared.generation
         self.channel.send({"op": "committed", "generation": prepared.generation})
 

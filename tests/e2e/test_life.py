@@ -51,7 +51,7 @@ def is_refused(source: str, port: int) -> bool:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_reload_under_load_changes_verdicts_and_ends_no_session(
+def test_reload_under_load_changes_verdicts_and_ends_only_whom_it_refuses(
     run_gate: Callable[..., Gate], backend: TcpBackend, workers: int
 ) -> None:
     """While short sessions stream through and long ones stay open, reloads change verdicts, add and remove listeners."""
@@ -60,8 +60,10 @@ def test_reload_under_load_changes_verdicts_and_ends_no_session(
         dns = f"  - {{name: dns, protocol: udp, listen: '127.0.0.1:{first}', backend: '{udp.address}'}}\n"
         gate = run_gate(policy([first], backend, EVERYBODY, dns), workers=workers)
         pids = gate.worker_pids()
-        long_lived = [Sources().connect(source, "127.0.0.1", first) for source in [*SOURCES[:10], "127.9.0.1"]]
-        ends.callback(close_all, long_lived)
+        long_lived = [Sources().connect(source, "127.0.0.1", first) for source in SOURCES[:10]]
+        revoked = Sources().connect("127.9.0.1", "127.0.0.1", first)
+        ends.callback(close_all, [*long_lived, revoked])
+        assert ask(revoked) == b"are you there?"
         flow = ends.enter_context(Sources().make("127.0.0.1", socket.SOCK_DGRAM))
         flow.connect(("127.0.0.1", first))
         assert ask(flow) == b"are you there?"
@@ -72,6 +74,8 @@ def test_reload_under_load_changes_verdicts_and_ends_no_session(
         assert gate.reload(policy([first, second], backend, NOT_NINE, dns))["success"] is True
         assert is_refused("127.9.0.9", first)
         assert is_refused("127.9.0.9", second)
+        with pytest.raises(ConnectionResetError):
+            ask(revoked)
         with Sources().connect("127.0.0.1", "127.0.0.1", second) as added:
             assert ask(added) == b"are you there?"
             load.wait_for_more()
