@@ -65,11 +65,10 @@ def command(
     from gatekeeper.snapshot.encode import encode  # noqa: PLC0415
     from gatekeeper.snapshot.reader import Snapshot  # noqa: PLC0415
 
-    with connect(control) as daemon:
-        answer = daemon.ask("policy")
-    running = _map(answer.fds)
-    path = file or answer.result["path"]
+    path = file or _in_force(control)[0]
     loaded = _check(terminal, file, path)
+    # Asked only now: compiling takes its time, and the daemon may have reloaded meanwhile.
+    running = _in_force(control)[1]
     document: dict[str, Any] = {
         "valid": loaded.config is not None, "file": path,
         "policy": loaded.config.digest if loaded.config is not None else None, "before": running.meta["digest"],
@@ -103,6 +102,13 @@ def command(
     for worker in missing:
         terminal.note(f"worker {worker} did not answer: its sessions are missing here")
     return NO if found or fates else FINE
+
+
+def _in_force(control: str | None) -> tuple[str, Snapshot]:
+    """Return the daemon's rule file, and the policy that is in force there."""
+    with connect(control) as daemon:
+        answer = daemon.ask("policy")
+    return answer.result["path"], _map(answer.fds)
 
 
 def _map(fds: Sequence[int]) -> Snapshot:
