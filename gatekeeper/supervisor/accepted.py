@@ -112,6 +112,11 @@ def endpoint(item: dict[str, Any], protocol: str = "tcp") -> Endpoint:
     return Endpoint(Protocol(protocol), item["family"], item["host"], item["port"])
 
 
+def how_guarded(policy: Accepted) -> set[str]:
+    """Return ``on_exit`` of the guarded listeners; empty when nothing is guarded."""
+    return {listener["on_exit"] for listener in policy.meta["listeners"]} - {None}
+
+
 def _read(fd: int) -> dict[str, Any]:
     if not os.fstat(fd).st_size:
         raise SnapshotError("it is empty")

@@ -16,6 +16,7 @@ import sys
 import termios
 import time
 from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,6 +39,15 @@ _KEPT_PREFIXES = ("LC_", "PYTHON", "GATEKEEPER_")
 def python(module: str) -> list[str]:
     """Return the command that runs one of our modules; -P keeps the working directory out of the import path."""
     return [sys.executable, "-P", "-m", module]
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """How our processes are started; tests put others in their place."""
+
+    worker: list[str] = field(default_factory=lambda: python("gatekeeper.proxy"))
+    observer: list[str] = field(default_factory=lambda: python("gatekeeper.observer"))
+    compiler: list[str] = field(default_factory=lambda: python("gatekeeper.supervisor.compile"))
 
 
 def environment() -> dict[str, str]:

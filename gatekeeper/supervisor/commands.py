@@ -86,7 +86,7 @@ class Operators:
             "clients_dropped": self._control.dropped,
         }
         if policy is not None:
-            kernel_fd = self._kernel.counters_fd if self._kernel is not None else None
+            kernel_fd = self._kernel.attempts.counters_fd if self._kernel is not None else None
             result |= tally.tally(
                 [*(worker.counters_fd for worker in crew.workers), *crew.leaving.counters()], kernel_fd, policy
             )

@@ -3,48 +3,42 @@
     attach ──► in force ──reload: workers first, then one swap──► in force ──► close: nothing is left
 
 The link lives in this process alone: when the supervisor is gone, however it went, so is the program. Only guarded
-listeners that stay closed then have it pinned in the bpf file system, and the next start takes it over from there. To the observer the
-kernel looks like one more worker: it has counters in shared memory and a socket for events.
+listeners that stay closed then have it pinned (see pinning.py), and the next start takes it over from there. What
+programs count and report goes to the observer through attempts.py.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import mmap
 import os
-import socket
-import time
 import zlib
 from typing import TYPE_CHECKING
 
 from gatekeeper.errors import KernelError
-from gatekeeper.kernel import bpf, lookup, memfd
+from gatekeeper.kernel import bpf
 from gatekeeper.kernel.counts import Counts
 from gatekeeper.kernel.judge import Common, Former, Judge
-from gatekeeper.proxy.events import MAX_RECORDS, RECORD, REFUSAL, SUPPRESSED
-from gatekeeper.snapshot.counters import CAPACITY_BYTES, End, WorkerSlot
 from gatekeeper.snapshot.reader import Snapshot
+from gatekeeper.supervisor.accepted import how_guarded
+from gatekeeper.supervisor.attempts import Attempts
 from gatekeeper.supervisor.guarded import GuardedSessions
 from gatekeeper.supervisor.handover import Fd, Kernel
+from gatekeeper.supervisor.pinning import NAMESPACE, Pin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from gatekeeper.kernel.ring import Ring
     from gatekeeper.supervisor.accepted import Accepted
     from gatekeeper.supervisor.loop import Loop
 
 COUNT_EVERY_S = 1.0
 LINGER_S = 1.0  # a packet that is being judged while programs are swapped is counted by the old one
-NAMESPACE = "/proc/self/ns/net"
-NO_ADDRESS = bytes(16)
 _OTHERS = "another sk_lookup program judges in this network namespace (`bpftool net`), and may let in what we refuse"
-PINS = "/sys/fs/bpf/gatekeeper"
 
 
 class Enforcer:
-    """Owns the link, the program in force, ``counters_fd``, and both ends of the events (``events_out`` for the observer)."""
+    """Owns the link and the program in force; ``attempts`` is what the observer reads."""
 
     def __init__(
         self, loop: Loop, warn: Callable[[str], None] = lambda _text: None, left: Kernel | None = None
@@ -66,12 +60,10 @@ class Enforcer:
         self._policy: Accepted | None = None
         self._leaving: list[tuple[Judge | Former, Accepted]] = []  # swapped out, not counted to the end yet
         self._kept: list[tuple[Judge, Accepted]] = []  # swapped out, and may come back
-        # Workers' flow ids begin twice as high.
-        self._flow = int(time.time()) << 21 if left is None else left.flow
         try:
             self._namespace = os.open(NAMESPACE, os.O_RDONLY)
-            self._pin = pin_path(self._namespace)
-            self._link = self._left_behind() if left is None else left.link
+            self._pin = Pin(self._namespace)
+            self._link = self._pin.take_over() if left is None else left.link
             self.others = self._count_others()
             self._common = Common()
         except OSError as err:
@@ -79,16 +71,8 @@ class Enforcer:
                 if fd >= 0:
                     os.close(fd)
             raise KernelError(_why_not(err)) from err
-        self.counters_fd = memfd.create("gatekeeper-kernel", CAPACITY_BYTES)
-        self._memory = mmap.mmap(self.counters_fd, CAPACITY_BYTES)
-        memfd.seal_against_new_writers(self.counters_fd)
-        if left is not None:
-            _go_on_counting(self._memory, left.counters)
-            os.close(left.counters)
-        self._counters = memoryview(self._memory).cast("Q")
-        self.events_out, self._events_in = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._events_in.setblocking(False)
-        self.sessions = GuardedSessions(loop, self._common.bans, self._counters, self._tell, warn)
+        self.attempts = Attempts(left)
+        self.sessions = GuardedSessions(loop, self._common.bans, self.attempts.counters, self.attempts.tell, warn)
 
     @classmethod
     def begin(
@@ -150,7 +134,7 @@ class Enforcer:
             raise KernelError(_why_not(err)) from err
         if self._judge is not None:
             try:
-                self._keep(policy)
+                self._pin.keep(self._link, policy)
             except KernelError:
                 judge.close()
                 raise
@@ -167,7 +151,7 @@ class Enforcer:
                 bpf.swap(self._link, judge.program)
             else:
                 self._link = bpf.attach(judge.program, self._namespace)
-            self._keep(policy)
+            self._pin.keep(self._link, policy)
         except OSError as err:
             judge.close()
             raise KernelError(_why_not(err)) from err
@@ -222,7 +206,7 @@ class Enforcer:
         self._count_all()
         counts = self._judge.counts
         return Kernel(
-            Fd(self._link), tuple(map(Fd, self._common.holes())), Fd(self.counters_fd), self._flow,
+            Fd(self._link), tuple(map(Fd, self._common.holes())), Fd(self.attempts.counters_fd), self.attempts.flow,
             Fd(counts.fd), counts.cpus, base64.b64encode(zlib.compress(counts.counted)).decode(), Fd(self._common.ring_map),
         )  # fmt: skip
 
@@ -273,52 +257,11 @@ class Enforcer:
             judge.close()
         self._leaving, self._kept, self._judge = [], [], None
         self._common.close()
-        self._counters.release()
-        self._memory.close()
-        for fd in (self.counters_fd, self._namespace):
-            os.close(fd)
-        self._events_in.close()
-        self.events_out.close()
-
-    # -- what outlives us
-
-    def _left_behind(self) -> int:
-        """Return the link that an earlier run has pinned for this network namespace, -1 when there is none."""
-        try:
-            link = bpf.pinned(self._pin)
-        except (FileNotFoundError, PermissionError):  # whoever may not look there has left nothing there
-            return -1
-        if bpf.namespace_of(link) == os.fstat(self._namespace).st_ino:
-            return link
-        os.close(link)  # of a namespace that is gone and had the same number
-        os.unlink(self._pin)
-        return -1
-
-    def _keep(self, policy: Accepted) -> None:
-        """Pin the link if the policy is to outlive us.
-
-        Raises:
-            KernelError: it cannot be pinned.
-        """
-        if "closed" not in how_guarded(policy) or os.path.exists(self._pin):
-            return
-        try:
-            os.makedirs(PINS, mode=0o700, exist_ok=True)
-            bpf.pin(self._link, self._pin)
-        except OSError as err:
-            raise KernelError(
-                f"`on_exit: closed` cannot be kept: {err.strerror} ({PINS}); it takes the bpf file system "
-                "(mount -t bpf bpf /sys/fs/bpf) and the right to write there"
-            ) from err
+        os.close(self._namespace)
+        self.attempts.close()
 
     def _settle(self) -> None:
-        """Take the pin away when neither the policy in force nor one that may come back has a use for it."""
-        policies = [policy for _judge, policy in self._kept] + ([self._policy] if self._policy is not None else [])
-        if policies and not any("closed" in how_guarded(policy) for policy in policies):
-            with contextlib.suppress(OSError):
-                os.unlink(self._pin)
-            with contextlib.suppress(OSError):
-                os.rmdir(PINS)
+        self._pin.settle([policy for _judge, policy in self._kept] + ([self._policy] if self._policy is not None else []))
 
     # -- what it did
 
@@ -337,6 +280,9 @@ class Enforcer:
             self._warn(_OTHERS if grown else f"{others or 'no'} other sk_lookup programs judge in this network namespace now")
             self.others_changed()
 
+    def _hear(self) -> None:
+        self.attempts.hear(self._common.ring)
+
     def _tick(self) -> None:
         if self._link >= 0:
             self._count_all()
@@ -347,88 +293,15 @@ class Enforcer:
         if self._leaving:
             judge, policy = self._leaving.pop(0)
             if isinstance(judge, Former):
-                self._hear(judge.ring)
-            self._count(judge, policy)
+                self.attempts.hear(judge.ring)
+            self.attempts.count(judge, policy)
             judge.close()
 
     def _count_all(self) -> None:
         for judge, policy in [*self._leaving, *self._kept]:
-            self._count(judge, policy)
+            self.attempts.count(judge, policy)
         if self._judge is not None and self._policy is not None:
-            self._count(self._judge, self._policy)
-
-    def _count(self, judge: Judge | Former, policy: Accepted) -> None:
-        """Add what a program has counted since the last time; what was refused without a report is said in one record."""
-        records = []
-        now = time.time()
-        for detail, (attempts, reported) in judge.news().items():
-            slot = judge.slots[detail]
-            self._counters[slot] += attempts
-            listener, _rule, action, _reason = policy.meta["details"][detail]
-            left_out = attempts - reported
-            if action != "allow" and left_out > 0:
-                self._counters[WorkerSlot.REFUSALS_SUPPRESSED] += left_out
-                number = next(
-                    number for endpoint, number in zip(policy.meta["endpoints"], policy.bindings.rows, strict=True)
-                    if endpoint["listener"] == listener and endpoint["family"]
-                )  # fmt: skip
-                records.append(RECORD.pack(
-                    SUPPRESSED, End.REFUSED, 0, slot, number, 0, 0, 0, now, 0.0, left_out, 0, NO_ADDRESS, NO_ADDRESS
-                ))  # fmt: skip
-        self._tell(records)
-
-    def _hear(self, ring: Ring | None = None) -> None:
-        """Pass on what the program reports; ``ring``: one of before an upgrade."""
-        since_boot_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        records = []
-        for report in (ring or self._common.ring).read():
-            at_ns, slot, number, port, to_port, family, _protocol, source, target = lookup.REPORT.unpack(report)
-            self._flow += 1
-            records.append(RECORD.pack(
-                REFUSAL, End.REFUSED, 4 if family == socket.AF_INET else 6, slot, number, socket.ntohs(port), to_port,
-                self._flow, at_ns / 1e9 + since_boot_s, 0.0, 0, 0, source, target,
-            ))  # fmt: skip
-        self._tell(records)
-
-    def _tell(self, records: list[bytes]) -> None:
-        for first in range(0, len(records), MAX_RECORDS):
-            batch = records[first : first + MAX_RECORDS]
-            try:
-                self._events_in.send(b"".join(batch))
-            except OSError:  # the observer does not read, or it is being replaced
-                self._counters[WorkerSlot.EVENTS_LOST_REFUSAL] += len(batch)
-
-
-def _go_on_counting(memory: mmap.mmap, before: int) -> None:
-    """Start from what a predecessor has counted, without touching pages where nothing was."""
-    for at in range(0, CAPACITY_BYTES, mmap.PAGESIZE):
-        page = os.pread(before, mmap.PAGESIZE, at)
-        if any(page):
-            memory[at : at + len(page)] = page
-
-
-def pin_path(namespace: int) -> str:
-    """Return where the link of a network namespace is pinned."""
-    return f"{PINS}/netns-{os.fstat(namespace).st_ino}"
-
-
-def how_guarded(policy: Accepted) -> set[str]:
-    """Return ``on_exit`` of the guarded listeners; empty when nothing is guarded."""
-    return {listener["on_exit"] for listener in policy.meta["listeners"]} - {None}
-
-
-def leftover() -> str | None:
-    """Return the path of a program that an earlier run left in force here, ``None`` when there is none."""
-    with contextlib.suppress(OSError):
-        path = pin_path_here()
-        return path if os.path.exists(path) else None
-    return None
-
-
-def pin_path_here() -> str:
-    """Return where the link of our own network namespace would be pinned."""
-    with open(NAMESPACE, "rb") as namespace:
-        return pin_path(namespace.fileno())
+            self.attempts.count(self._judge, self._policy)
 
 
 def _why_not(err: OSError) -> str:

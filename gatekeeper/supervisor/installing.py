@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from gatekeeper.errors import KernelError, ListenError, SnapshotError
 from gatekeeper.snapshot.bindings import SlotsExhausted
-from gatekeeper.supervisor.accepted import Accepted, accept, endpoints
+from gatekeeper.supervisor.accepted import Accepted, accept, endpoints, how_guarded
 from gatekeeper.supervisor.change import PATIENCE_S, Change
-from gatekeeper.supervisor.enforcing import how_guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.worker import Worker
 
 PREDECESSOR_PATIENCE_S = 5.0  # for the observer of before an upgrade, to be needed no more and to be gone then
+PATIENCE = 3  # times as long as a worker's, for the observer to read what it was sent
 _MOST_EVENTS = 100  # kept for an observer that is being replaced
 
 
@@ -54,6 +55,7 @@ class Observer:
         self._kernel = kernel
         self._unheard: list[dict[str, Any]] = []
         self._backoff = Backoff()
+        self._reads = time.monotonic()  # when it was last seen to have read all that it was sent
         self._warn: Callable[[str], None] = lambda _text: None
         self.is_ready: Callable[[], None] = lambda: None
         self.predecessor: Child | None = None  # of before an upgrade: it reads what is reported until this one does
@@ -109,6 +111,7 @@ class Observer:
         Raises:
             OSError: it could not be executed.
         """
+        self._reads = time.monotonic()
         self.child = Child.start(self._loop, self._command, self._heard)
         fds = [] if self._audit_fd is None else [self._audit_fd]
         if self._http is not None:
@@ -122,10 +125,10 @@ class Observer:
                 "audit": places.audit_kind(self._audit), "metrics": self._http is not None,
                 "kernel": kernel is not None,
             },
-            fds + ([] if kernel is None else [kernel.events_out.fileno()]) + [worker.observer_fd for worker in workers],
+            fds + ([] if kernel is None else [kernel.attempts.events_out.fileno()]) + [worker.observer_fd for worker in workers],
         )  # fmt: skip
         if kernel is not None:
-            self._tell({"op": "kernel"}, [kernel.counters_fd])
+            self._tell({"op": "kernel"}, [kernel.attempts.counters_fd])
         for worker in workers:
             self.counters(worker)
         for worker in leaving.workers:
@@ -187,6 +190,16 @@ class Observer:
         self._audit_fd = fresh
         if fresh is not None:
             self._tell({"op": "audit"}, [fresh])
+
+    def check(self, now: float, stuck_after_s: float, error: Callable[[str], None], *, paused: bool) -> None:
+        """End a process that does not read. Called once a second. ``paused``: we did not run, so neither did it."""
+        child = self.child
+        if child is None or paused or child.unread_bytes() == 0:
+            self._reads = now
+        elif now - self._reads > PATIENCE * stuck_after_s:
+            error(f"the observer (pid {child.pid}) does not read what it is sent; killing it")
+            child.kill()
+            self._reads = now
 
     def ended(self) -> float:
         """Forget a process that has ended; return how long to wait before the next one is started."""

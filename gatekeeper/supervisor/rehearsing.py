@@ -31,7 +31,7 @@ from gatekeeper.supervisor.worker import State, Worker
 
 if TYPE_CHECKING:
     from gatekeeper.supervisor.accepted import Accepted
-    from gatekeeper.supervisor.crew import Commands
+    from gatekeeper.supervisor.child import Commands
     from gatekeeper.supervisor.log import Log
 
 PATIENCE_S = 40.0  # less than whoever asks has

@@ -11,7 +11,8 @@ from gatekeeper.kernel import privileges
 from gatekeeper.snapshot.bindings import Bindings, SlotsExhausted
 from gatekeeper.supervisor import lastgood, places
 from gatekeeper.supervisor.accepted import Accepted, accept
-from gatekeeper.supervisor.enforcing import Enforcer, leftover
+from gatekeeper.supervisor.enforcing import Enforcer
+from gatekeeper.supervisor.pinning import leftover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

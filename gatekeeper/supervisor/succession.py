@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.reloading import Reloader
     from gatekeeper.supervisor.standing import Standing
 
+KILLED_WITHIN_S = 5.0
+
 
 @dataclass(slots=True)
 class Ground:
@@ -115,7 +117,19 @@ class Estate:
             return "a policy waits to be confirmed"
         if self.enforcer is not None and self.enforcer.restless():
             return "the kernel still counts for a policy that was replaced"
-        return self.crew.restless()
+        if self.crew.change is not None:
+            return "a reload is under way"
+        for worker in (*self.crew.workers, *self.crew.leaving.workers):
+            if worker.child is not None and worker.child.has_unsent():
+                return f"worker {worker.index} does not take its orders"
+        return None
+
+    def settle(self) -> None:
+        """End those that do not serve yet: the next program in our place could do nothing with them."""
+        for worker in self.crew.workers:
+            if worker.child is not None and worker.left_behind() is None:
+                worker.child.kill()
+                worker.child.wait(KILLED_WITHIN_S)
 
     def _control_socket(self) -> ControlSocket | None:
         fd, place = self.control.fileno(), self.control.place

@@ -26,10 +26,11 @@ from gatekeeper.supervisor.accepted import Accepted, endpoint, endpoints
 from gatekeeper.supervisor.asks import Ask
 from gatekeeper.supervisor.banfile import take_up
 from gatekeeper.supervisor.bans import Bans
+from gatekeeper.supervisor.child import Commands
 from gatekeeper.supervisor.commands import Operators
 from gatekeeper.supervisor.compiling import Compiler, Known
 from gatekeeper.supervisor.control import Control
-from gatekeeper.supervisor.crew import Commands, Crew
+from gatekeeper.supervisor.crew import Crew
 from gatekeeper.supervisor.disk import Disk
 from gatekeeper.supervisor.effect import Effect
 from gatekeeper.supervisor.enforcing import Enforcer

@@ -245,7 +245,7 @@ class Upgrader:
         self._log.info(f"upgrade: gatekeeper {version} takes over")
         standing = self._estate.standing
         try:
-            self._estate.crew.settle()
+            self._estate.settle()
             state = self._estate.capture(drain_s)
             if self._request is not None:
                 self._request.done({

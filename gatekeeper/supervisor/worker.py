@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gatekeeper.supervisor.listening import Opened
     from gatekeeper.supervisor.loop import Loop
 
+START_PATIENCE_S = 30.0  # for a process to load and turn for the first time
 _SLOT_BYTES = 8
 _SETTLED_S = 10.0  # a process that lived this long did not die of its start
 _FIRST_DELAY_S = 0.1
@@ -264,6 +265,18 @@ class Worker:
         started = self.child.started if self.child is not None else now
         # A worker writes this itself: a time to come must not make it immortal.
         return now - (beat if started < beat <= now + 1 else started)
+
+    def check(self, now: float, stuck_after_s: float, error: Callable[[str], None]) -> None:
+        """End a process that is stuck. Called once a second."""
+        if self.child is None:
+            return
+        patience_s = stuck_after_s
+        if self.state is not State.SERVING:
+            patience_s = max(patience_s, START_PATIENCE_S)
+        silent_s = self.silent_for_s(now)
+        if silent_s > patience_s:
+            error(f"worker {self.index} (pid {self.child.pid}) is stuck for {silent_s:.0f} s; killing it")
+            self.child.kill()
 
     def ended(self) -> float:
         """Forget a process that has ended; return how long to wait before the next one is started."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from gatekeeper.supervisor.crew import Commands
+from gatekeeper.supervisor.child import Commands
 from gatekeeper.supervisor.log import Log
 from gatekeeper.supervisor.supervisor import Options, Supervisor
 
