@@ -85,6 +85,8 @@ def look(space: Namespace, source: str, host: str, port: int, kind: socket.Socke
                 return "refused"
             except TimeoutError:
                 return "silence"
+            except ConnectionResetError:  # it may come before `connect` returns
+                return "reset"
             client.settimeout(5)
             try:
                 return "allow" if ask(client) == b"are you there?" else "end"
