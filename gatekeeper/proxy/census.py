@@ -28,7 +28,6 @@ HALF_OPEN = {"client_closed", "backend_closed", "resetting"}  # one side has lef
 class Filter:
     """Which sessions are meant; ``None`` means all. Times are seconds, ``sources`` (family, first, last)."""
 
-    endpoints: frozenset[int] | None
     slots: frozenset[int] | None
     flows: frozenset[int] | None
     sources: list[tuple[int, int, int]] | None
@@ -48,7 +47,7 @@ class Filter:
             states = frozenset(HALF_OPEN if states is None else HALF_OPEN & states)
         sources = wanted.get("sources")
         return cls(
-            chosen("endpoints"), chosen("slots"), chosen("flows"),
+            chosen("slots"), chosen("flows"),
             None if sources is None else [(family, first, last) for family, first, last in sources],
             states, wanted.get("older_s"), wanted.get("younger_s"), wanted.get("idle_s"),
         )  # fmt: skip
@@ -57,8 +56,7 @@ class Filter:
         """Say whether a session is meant."""
         age_s = now - session.began_s
         return (
-            (self.endpoints is None or session.terms.number in self.endpoints)
-            and (self.slots is None or session.slot in self.slots)
+            (self.slots is None or session.slot in self.slots)
             and (self.flows is None or session.flow in self.flows)
             and (self.older_s is None or age_s >= self.older_s)
             and (self.younger_s is None or age_s <= self.younger_s)

@@ -153,7 +153,7 @@ def test_a_reader_that_does_not_read_shows_in_what_is_unsent(bed: Bed) -> None:
 
 
 def test_sessions_are_chosen_by_what_they_are(bed: Bed) -> None:
-    """A filter by source, endpoint, flow, rule, state or age chooses just those."""
+    """A filter by source, flow, rule, state or age chooses just those."""
     bed.connect("127.0.0.7")
     bed.connect("127.0.0.8")
     flow = bed.flow("127.0.0.8")
@@ -164,7 +164,7 @@ def test_sessions_are_chosen_by_what_they_are(bed: Bed) -> None:
     assert len(bed.sessions(**wanted)) == 2
     (udp,) = bed.sessions(states=["flow"])
     assert (udp["source"], udp["source_port"], udp["bytes_in"], udp["client"]) == (*flow.getsockname(), 5, None)
-    assert bed.sessions(endpoints=[udp["endpoint"]], **wanted) == [udp | {"idle_s": pytest.approx(udp["idle_s"], abs=5)}]
+    assert bed.sessions(slots=[udp["slot"]], **wanted) == [udp | {"idle_s": pytest.approx(udp["idle_s"], abs=5)}]
     assert [row["flow"] for row in bed.sessions(flows=[everything[0]["flow"]])] == [everything[0]["flow"]]
     assert bed.sessions(slots=[]) == bed.sessions(older_s=3600) == bed.sessions(idle_s=3600) == []
     assert len(bed.sessions(younger_s=3600, slots=[everything[0]["slot"]])) == 2
