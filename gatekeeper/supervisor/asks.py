@@ -29,14 +29,12 @@ class Outcome:
 class Ask:
     """A reload that somebody wants; ``cause`` is a word of the audit log: signal, command or watch.
 
-    ``confirm_s``: on trial for so long. ``unless``: nothing is to happen when the file still holds the policy of this
-    digest.
+    ``confirm_s``: on trial for so long.
     """
 
     cause: str
     by: int | None = None
     confirm_s: float | None = None
-    unless: str | None = None
     progress: Callable[[str], None] = lambda _text: None
     answer: Callable[[Outcome], None] = lambda _outcome: None
 

@@ -60,6 +60,7 @@ class Reloader:
         self._active = False
         self._held = False
         self._put_back_again: Timer | None = None
+        self._rolled_back: str | None = None  # digest of the policy that nobody wanted to keep, until another is in force
 
     @property
     def wanted(self) -> bool:
@@ -159,13 +160,18 @@ class Reloader:
             self._install(compiled.snapshot_fd)
 
     def _needless(self, digest: str | None) -> bool:
-        """Whether nothing has to happen, since nothing has changed and nobody insists."""
-        if any(ask.cause != "watch" and ask.unless is None for ask in self._asks):
+        """Whether nothing has to happen, since nothing has changed and nobody insists.
+
+        A signal does not insist on a policy that was rolled back: it may come from the rotation of logs at night.
+        """
+        causes = {ask.cause for ask in self._asks}
+        if "command" in causes:
             return False
-        if digest in {ask.unless for ask in self._asks if ask.unless is not None}:
-            self._log.warning("the file still holds the policy that was rolled back; it is not applied again unasked")
+        if digest is not None and digest == self._rolled_back:
+            self._log.warning("the file still holds the policy that was rolled back; only `gatekeeper reload` applies it again")
             return True
-        return digest == self._installer.policy.meta["digest"] and self._standing.reload_error is None
+        unchanged = digest == self._installer.policy.meta["digest"] and self._standing.reload_error is None
+        return causes == {"watch"} and unchanged
 
     def _install(self, snapshot_fd: int, not_noted: str | None = None) -> None:
         """Put a snapshot in force; ``not_noted``: why the disk does not know that it is on trial."""
@@ -214,6 +220,7 @@ class Reloader:
         policy, failure = self._installer.policy, outcome.failure
         self._standing.note_reload(failure, detail)
         if failure is None:
+            self._rolled_back = None
             self._log.info(f"reloaded: {self._standing.summary(self._crew)}{fates(outcome.result)}")
             self._warn_of_settings(policy.meta["settings"])
             if self.trial is not None:
@@ -301,8 +308,7 @@ class Reloader:
             self._crew.event(
                 "rollback", policy=trial.before, before=trial.digest, cause=cause, by=by, error=failure
             )
-            # What was remembered meanwhile must not bring back what was just rolled back.
-            self._waiting = deque(Ask(ask.cause, ask.by, unless=trial.digest) for ask in self._waiting)
+            self._rolled_back = trial.digest
             answer(Outcome(failure, result={"policy": trial.before, "before": trial.digest}))
             self._over()
 
